@@ -22,9 +22,11 @@ import socket
 import ssl
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.error import URLError
@@ -100,7 +102,7 @@ def download() -> None:
                     download_and_extract_archive(url, str(DATA), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
                 return
             except (URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException) as error:
-                refusals.append(f"{host}: {error}")
+                refusals.append(f"{host}: {' '.join(str(error).split())}")
             except RuntimeError:  # the MD5 differs, or it redirects in circles
                 refusals.append(f"{host}: sent half of the archive, or something else")
             except OSError as error:
@@ -255,6 +257,9 @@ def new_run(arch: str) -> Path:
     number = max(find_runs(arch), default=0)
     try:
         CHECKPOINTS.mkdir(exist_ok=True)
+        for leftover in CHECKPOINTS.glob("*.tmp"):  # of a save that was killed; a save takes seconds
+            if time.time() - leftover.stat().st_mtime > 3600:
+                leftover.unlink(missing_ok=True)
         while True:
             number += 1
             path = CHECKPOINTS / f"{arch}-{number:03d}.pt"
@@ -299,10 +304,13 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Return the checkpoint in `path`, without running code that may be in it; RunError if it is not one of ours."""
     try:
+        path.open("rb").close()
+        if not zipfile.is_zipfile(path):  # on other files torch.load fails in more ways than it documents
+            raise RunError(f"{path} is damaged or not a checkpoint of train.py.")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise RunError(f"Cannot read {path}: {error.strerror}.") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError) as error:
         raise RunError(f"{path} is damaged or not a checkpoint of train.py.") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise RunError(f"{path} is not a checkpoint of train.py.")
@@ -448,7 +456,7 @@ def train(
         }
 
     def test(size: int) -> tuple[float, Tensor]:
-        batches = test_batches(reported, h, lambda pixels: to_input(pixels, mean, std, size))
+        batches = test_batches(reported, h, partial(to_input, mean=mean, std=std, size=size))
         _, accuracy, logits = run_epoch("Test", average, batches, batch_count(reported, h), h)
         return accuracy, logits
 
@@ -466,7 +474,8 @@ def train(
             start = time.perf_counter()
             size = image_size(epoch, epochs, h)
             rates = [learning_rate(epoch * count + step, epochs * count, h) for step in range(count)]
-            batches = training_batches(training, h, seed, epoch, lambda pixels: to_input(pixels, mean, std, size))
+            prepare = partial(to_input, mean=mean, std=std, size=size)
+            batches = training_batches(training, h, seed, epoch, prepare)
             title = f"Epoch {epoch + 1}"
             loss, train_acc, _ = run_epoch(title, model, batches, count, h, optimizer, rates, average)
             accuracy, logits = test(size)

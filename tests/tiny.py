@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR10
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def make(data: Path, training: int = 60, test: int = 40) -> None:
+def make(data: Path, training: int = 100, test: int = 40) -> None:
     """Write the batch files, the archive of them and their checksums into `data`."""
     folder = data / CIFAR10.base_folder
     folder.mkdir(parents=True)

@@ -1,0 +1,165 @@
+"""The networks against torchvision's, the paper's table and torch.autograd."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models._utils import IntermediateLayerGetter
+
+import model
+from model import LAYER_TABLE, Conv2d, ResBlk, ResNet, ResNet18, ResNet34, ResNet50, TapConvolution
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize(
+    ("arch", "parameters", "multiply_adds"),  # parameters: torchvision's; multiply-adds: Table 1's last row
+    [
+        ("resnet18", 11_689_512, 1.8e9),
+        ("resnet34", 21_797_672, 3.6e9),
+        ("resnet50", 25_557_032, 3.8e9),
+        ("resnet101", 44_549_160, 7.6e9),
+        ("resnet152", 60_192_808, 11.3e9),
+    ],
+)
+def test_size_is_the_papers(arch: str, parameters: int, multiply_adds: float) -> None:
+    with torch.device("meta"):
+        net = ResNet(*LAYER_TABLE[arch], num_classes=1000)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(torch.empty(1, 3, 224, 224))
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    assert counter.get_total_flops() / 2 == pytest.approx(multiply_adds, rel=0.035)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(ResNet18, "resnet18"), (ResNet34, "resnet34")])
+@pytest.mark.parametrize("size", [32, 48, 64])
+def test_equals_torchvision(ours: type[ResNet], theirs: str, size: int) -> None:
+    torch.manual_seed(0)
+    reference = torchvision.models.get_model(theirs, num_classes=10)
+    net = ours()
+    assert list(net.state_dict()) == list(reference.state_dict())
+    assert [name for name, _ in net.named_modules()] == [name for name, _ in reference.named_modules()]
+    net.load_state_dict(reference.state_dict())
+    net = net.to(memory_format=torch.channels_last)
+    x, labels = torch.randn(8, 3, size, size), torch.arange(8)
+    exact = copy.deepcopy(reference).double()
+    for module, images in ((net, x), (reference, x), (exact, x.double())):
+        F.cross_entropy(module(images), labels).backward()
+    # Rounding grows on its way back through the layers: ours may be about as far from float64 as torchvision's own is.
+    ours_all, theirs_all, truth = (
+        torch.cat([p.grad.flatten().double() for p in m.parameters()]) for m in (net, reference, exact)
+    )
+    assert relative_error(ours_all, truth) < max(1e-5, 4 * relative_error(theirs_all, truth))
+    assert relative_error(ours_all, truth) < 0.02
+    net.eval(), reference.eval()
+    with torch.no_grad():
+        assert relative_error(net(x), reference(x)) < 1e-5
+
+
+def test_feature_maps_equal_torchvisions() -> None:
+    reference = torchvision.models.resnet18()
+    net = ResNet18(num_classes=1000)
+    net.load_state_dict(reference.state_dict())
+    layers = {f"layer{i}": f"{i}" for i in range(1, 5)}
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        ours, theirs = (IntermediateLayerGetter(m.eval(), layers)(x) for m in (net, reference))
+    assert [f.shape for f in ours.values()] == [
+        (1, c, 64 // s, 96 // s) for c, s in [(64, 4), (128, 8), (256, 16), (512, 32)]
+    ]
+    for name in ours:
+        assert relative_error(ours[name], theirs[name]) < 1e-5
+
+
+def test_constructors() -> None:
+    nets = [ResNet18(), ResNet18(ResBlk, [2, 2, 2, 2], 10), ResNet(ResBlk, [2, 2, 2, 2])]
+    assert len({str(net) for net in nets}) == 1
+    assert ResNet18(num_classes=1000).fc.out_features == 1000
+
+
+def test_bottleneck_has_its_stride_on_the_first_convolution() -> None:
+    block = ResNet50().layer2[0]
+    assert (block.conv1.stride, block.conv2.stride, block.downsample[0].stride) == ((2, 2), (1, 1), (2, 2))
+    assert ResNet50().layer1[0].downsample[0].stride == (1, 1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (31, 33), (224, 224)])
+def test_any_image_size(size: tuple[int, int]) -> None:
+    with torch.no_grad():
+        assert ResNet18().eval()(torch.randn(2, 3, *size)).shape == (2, 10)
+
+
+def test_he_initialisation() -> None:
+    torch.manual_seed(0)
+    weight = ResNet18().layer4[1].conv2.weight
+    assert weight.std().item() == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)
+
+
+GRID = list(itertools.product([(1, 1), (2, 2), (1, 3), (4, 4), (3, 2)], [1, 2], [1, 3], [1, 2, 7], [False, True]))
+
+
+@pytest.mark.parametrize(("size", "stride", "kernel", "batch", "last"), GRID)
+def test_tap_gradients_equal_autograds(
+    size: tuple[int, int], stride: int, kernel: int, batch: int, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "LARGEST_TAP_MAP", 4)
+    torch.manual_seed(0)
+    layout = torch.channels_last if last else torch.contiguous_format
+    conv = Conv2d(5, 6, kernel, stride, padding=kernel // 2, bias=False).to(memory_format=layout)
+    reference = nn.Conv2d(5, 6, kernel, stride, padding=kernel // 2, bias=False).to(memory_format=layout)
+    reference.load_state_dict(conv.state_dict())
+    x = torch.randn(batch, 5, size[0] * stride, size[1] * stride).to(memory_format=layout)
+    results = []
+    for module in (conv, reference):
+        leaf = x.clone().requires_grad_()
+        out = module(leaf)
+        out.backward(torch.sin(torch.arange(out.numel()).float()).reshape(out.shape))
+        results.append((out.detach(), leaf.grad, module.weight.grad))
+        assert ("TapConvolution" in out.grad_fn.name()) == (module is conv)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_tap_gradcheck() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: TapConvolution.apply(x, w, (2, 1), (1, 1)), (x, weight))
+
+
+def test_second_derivative_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "LARGEST_TAP_MAP", 4)
+    conv = Conv2d(2, 2, 3, padding=1, bias=False)
+    x = torch.randn(1, 2, 2, 2, requires_grad=True)
+    (grad,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "size"),
+    [
+        ({"dilation": 2, "padding": 2}, torch.float32, 4),
+        ({"groups": 2, "padding": 1}, torch.float32, 4),
+        ({"bias": True, "padding": 1}, torch.float32, 4),
+        ({"padding": "same"}, torch.float32, 4),
+        ({"padding": 1, "padding_mode": "reflect"}, torch.float32, 4),
+        ({"padding": 1}, torch.float64, 4),
+        ({"padding": 1}, torch.float32, 5),
+    ],
+)
+def test_every_other_case_is_the_librarys(
+    options: dict, dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "LARGEST_TAP_MAP", 4)
+    conv = Conv2d(2, 2, 3, **{"bias": False} | options).to(dtype)
+    assert "TapConvolution" not in conv(torch.randn(1, 2, size, size, dtype=dtype)).grad_fn.name()
+    conv.weight.requires_grad_(False)
+    assert conv(torch.randn(1, 2, 2, 2, dtype=dtype)).requires_grad is ("bias" in options)

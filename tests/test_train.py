@@ -1,0 +1,167 @@
+"""Augmentation, schedule, runs and checkpoints on a small data set."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import v2
+
+import train
+from train import Hyperparameters, Images
+
+FAST = Hyperparameters(image_sizes=(32, 40), batch_size=16)
+
+
+def saved_state(path: Path) -> dict:
+    """Return what a checkpoint holds, but for the seconds, which no two runs share."""
+    checkpoint = train.load(path)
+    for row in checkpoint["history"]:
+        del row["seconds"]
+    return checkpoint
+
+
+def assert_equal(a: object, b: object) -> None:
+    """Compare nested containers bit for bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_augment_equals_pad_crop_flip() -> None:
+    h = Hyperparameters(crop=4, erase=0)
+    pixels = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8)
+    flip = torch.arange(20) % 2 == 0
+    index = torch.randperm(20)
+    batch = train.augment(Images(pixels, torch.arange(20)), index, flip, h, train.random_stream(1))
+    shifts = torch.randint(-4, 5, (2, 20, 1), generator=train.random_stream(1))[..., 0].T.tolist()
+    assert len({tuple(s) for s in shifts}) > 10
+    for ours, i, mirrored, (down, right) in zip(batch, index, flip, shifts, strict=True):
+        padded = F.pad(pixels[i].permute(2, 0, 1)[None].float(), (4, 4, 4, 4), mode="reflect")[0]
+        expected = padded[:, 4 + down : 36 + down, 4 + right : 36 + right]
+        expected = v2.functional.horizontal_flip(expected) if mirrored else expected
+        assert torch.equal(ours.permute(2, 0, 1).float(), expected)
+
+
+def test_augment_erases_a_square() -> None:
+    h = Hyperparameters(crop=0, erase=5)
+    pixels = torch.zeros(50, 32, 32, 3, dtype=torch.uint8)
+    batch = train.augment(
+        Images(pixels, torch.zeros(50)), torch.arange(50), torch.zeros(50, dtype=torch.bool), h, train.random_stream(1)
+    )
+    erased = batch[..., 0] != 0
+    assert (erased.sum((1, 2)) == 25).all()
+    assert (erased.any(1).sum(1) == 5).all() and (erased.any(2).sum(1) == 5).all()
+    assert len({tuple(e.nonzero()[0].tolist()) for e in erased}) > 20
+    assert not pixels.any()
+
+
+def test_every_image_once_an_epoch_and_mirrored_in_turn() -> None:
+    pixels = torch.zeros(50, 32, 32, 3, dtype=torch.uint8)
+    pixels[:, :, :16] = 200  # the left half is bright
+    images, h = Images(pixels, torch.arange(50)), Hyperparameters(crop=0, erase=0, batch_size=8)
+    sides = []
+    for epoch in range(2):
+        batches = list(train.training_batches(images, h, seed=3, epoch=epoch, prepare=lambda p: p))
+        assert len(batches) == train.batch_count(images, h) == 6
+        labels = torch.cat([y for _, y in batches])
+        assert sorted(labels.tolist()) == list(range(50)) and labels.tolist() != list(range(50))
+        left = torch.cat([x for x, _ in batches])[:, 0, 0, 0] == 200
+        sides.append(left[labels.argsort()])
+    assert torch.equal(sides[0], ~sides[1])
+    assert 10 < sides[0].sum() < 40
+
+
+def test_to_input_equals_torchvisions_transforms() -> None:
+    pixels = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
+    mean, std = train.pixel_statistics(pixels)
+    assert mean.tolist() == pytest.approx((pixels.double() / 255).mean((0, 1, 2)).tolist(), rel=1e-6)
+    assert std.tolist() == pytest.approx((pixels.double() / 255).std((0, 1, 2)).tolist(), rel=1e-4)
+    for size in (32, 48):
+        transform = v2.Compose(
+            [v2.ToDtype(torch.float32, scale=True), v2.Resize((size, size)), v2.Normalize(mean.tolist(), std.tolist())]
+        )
+        x = train.to_input(pixels, mean, std, size)
+        torch.testing.assert_close(x, transform(pixels.permute(0, 3, 1, 2)), rtol=1e-4, atol=1e-5)
+        assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_learning_rate() -> None:
+    h = Hyperparameters(peak_lr=0.5, warmup=0.2)
+    rates = [train.learning_rate(step, 99, h) for step in range(99)]
+    assert rates[19] == max(rates) == pytest.approx(0.5)
+    assert rates[9] == pytest.approx(0.25) and rates[59] == pytest.approx(0.25)
+    assert 0 < rates[0] < 0.03 and 0 < rates[-1] < 0.01
+    assert train.learning_rate(0, 99, Hyperparameters(peak_lr=0.5, warmup=0)) == pytest.approx(0.495)
+
+
+def test_image_sizes_share_the_epochs() -> None:
+    h = Hyperparameters(image_sizes=(32, 48, 64))
+    assert [train.image_size(e, 6, h) for e in range(6)] == [32, 32, 48, 48, 64, 64]
+    assert [train.image_size(e, 1, h) for e in range(1)] == [32]
+
+
+def test_validation_split_is_balanced_and_leaves_the_test_images_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny.make(tmp_path, training=300)
+    monkeypatch.setattr(train, "DATA", tmp_path)
+    for name, value in tiny.checksums(tmp_path).items():
+        monkeypatch.setattr(CIFAR10, name, value)
+    everything, _, _ = train.load_data(validate=False)
+    rest, held_out, _ = train.load_data(validate=True)
+    assert held_out.labels.bincount().tolist() == [3] * 10
+    pixels = torch.cat([rest.pixels, held_out.pixels]).flatten(1)
+    assert sorted(pixels.tolist()) == sorted(everything.pixels.flatten(1).tolist())
+
+
+def test_learns(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    h = Hyperparameters(image_sizes=(32,), batch_size=10, peak_lr=0.02, average_decay=0.5, crop=0, erase=0)
+    history = train.train("resnet18", 8, h=h)
+    assert history[-1]["test_acc"] > 0.25  # guessing gives 0.1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "resnet18, 11,181,642 parameters, 1 threads, 100 training and 40 test images".replace(
+        "1 threads", f"{torch.get_num_threads()} threads"
+    )
+    for number, line in enumerate(lines[1:9], 1):
+        assert re.fullmatch(
+            rf"Epoch {number}, test acc: \d\.\d{{4}}, train loss: \d+\.\d{{4}}, 32 px, \d+ s, \d:\d\d:\d\d left", line
+        )
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train.train("resnet18", 3, seed=5, h=FAST)
+    printed = capsys.readouterr().out
+    write_history = train.write_history
+
+    def interrupt(history: list, path: Path) -> None:
+        write_history(history, path)
+        if len(history) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "write_history", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"1 epochs are saved: go on with --resume \".*resnet18-002.pt\""):
+        train.train("resnet18", 3, seed=5, h=FAST)
+    monkeypatch.setattr(train, "write_history", write_history)
+    assert train.newest_run("resnet18") == small / "resnet18-002.pt"
+    resumed = train.train("resnet18", 3, seed=5, h=FAST, resume=small / "resnet18-002.pt")
+    assert [row["test_acc"] for row in resumed] == [row["test_acc"] for row in whole]
+    assert_equal(saved_state(small / "resnet18-001.pt"), saved_state(small / "resnet18-002.pt"))
+    accuracies = re.findall("acc: ([0-9.]+), train loss: ([0-9.]+)", printed)
+    assert accuracies[1:] == re.findall("acc: ([0-9.]+), train loss: ([0-9.]+)", capsys.readouterr().out)
+    rows = list(csv.DictReader((small / "resnet18-002.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
