@@ -1,6 +1,7 @@
 """The README's commands and code, as printed there."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import tiny
 import torch
 import torchvision
 from torch.nn import functional as F
-from torchvision.io import write_png
+from torchvision.transforms.v2.functional import to_pil_image
 
 import train
 from model import ResNet18
@@ -39,13 +40,12 @@ def test_every_block_is_tested() -> None:
 
 
 def test_commands(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    epochs, asked = train.train, []
+    run, asked = train.train, []
 
     def short(*, epochs: int, **options: object) -> list:
         asked.append(epochs)
         return run(epochs=2, **options)
 
-    run = epochs
     monkeypatch.setattr(train, "train", short)
     first, second = (command.split() for command in COMMANDS)
     assert train.main(first) == 0 and asked == [30]
@@ -70,13 +70,13 @@ def test_prediction_equals_the_evaluation(trained: Path, capsys: pytest.CaptureF
     _, accuracy, logits = train.run_epoch("Test", net, batches, 1, train.Hyperparameters())
     assert accuracy == checkpoint["history"][-1]["test_acc"]
     for i in (0, 7, 33):
-        write_png(images.pixels[i].permute(2, 0, 1), "picture.png")
+        to_pil_image(images.pixels[i].permute(2, 0, 1)).save("picture.png")
         names: dict = {}
-        exec(block("decode_image"), names)
+        exec(block("Image.open"), names)
         torch.testing.assert_close(names["logits"][0], logits[i], rtol=1e-3, atol=1e-3)
         assert capsys.readouterr().out.splitlines()[-1] == tiny.CLASSES[logits[i].argmax()]
-    write_png(torch.randint(256, (3, 50, 301), dtype=torch.uint8), "picture.png")
-    exec(block("decode_image"), {})
+    to_pil_image(torch.randint(256, (4, 50, 301), dtype=torch.uint8)).save("picture.png")
+    exec(block("Image.open"), {})
     assert capsys.readouterr().out.strip() in tiny.CLASSES
 
 
@@ -116,8 +116,6 @@ def test_imagenet_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_import_has_no_side_effects(project: Path) -> None:
-    import subprocess
-
     result = subprocess.run([sys.executable, "-c", "import train"], cwd=project, capture_output=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
     assert not (project / "checkpoints").exists()
