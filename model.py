@@ -44,8 +44,9 @@ class TapConvolution(torch.autograd.Function):
             grad_x = nn.grad.conv2d_input(x.shape, weight, grad, ctx.stride, ctx.padding)
         x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
         (out_channels, in_channels, height, width), (rows, columns) = weight.shape, x.shape[1:3]
-        # Channels last, as the weight is in training: the optimizer then need not convert it.
-        grad_weight = weight.new_zeros(out_channels, height, width, in_channels)
+        # Channels last, as the weight is in training: the optimizer then need not convert it. No need of zeros: the
+        # product over no position is 0.
+        grad_weight = weight.new_empty(out_channels, height, width, in_channels)
         for i in range(height):
             out_y, in_y = positions_inside(i, rows, grad.shape[1], ctx.stride[0], ctx.padding[0])
             for j in range(width):

@@ -298,7 +298,9 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise RunError(f'Cannot save {path}: {error.strerror}. What it held is intact; --resume "{path}".') from error
+        raise RunError(
+            f"Cannot save {path}: {error.strerror}. Mend that; --resume goes on from the last epoch saved."
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -501,7 +503,7 @@ def train(
                 flush=True,
             )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f'{len(history)} epochs are saved: go on with --resume "{path}"') from None
+        raise KeyboardInterrupt(f'{len(history)} of {epochs} epochs are saved, go on with --resume "{path}"') from None
     if logits is None:
         print(f"{path} is finished", flush=True)
         write_history(history, path.with_suffix(".csv"))
@@ -567,7 +569,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"Interrupted. {interrupt}", file=sys.stderr)
+        print(f"Interrupted. {interrupt}".strip(), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Nobody reads on, as in "| head": what was saved stays, and the last flush at exit must not fail once more.

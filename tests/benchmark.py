@@ -123,11 +123,11 @@ def weight_gradient(tap: bool, x: Tensor, weight: Tensor, stride: int, pad: int)
 
 def main() -> None:
     """Print the tables."""
-    stock = Stock()
     train.keep_memory()
     torch.set_flush_denormal(True)
     a, b = torch.randn(2, 2048, 2048)
     ceiling = 2 * 2048**3 / medians(partial(timed, lambda: a @ b))[0]
+    stock = Stock()
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__}, {platform.machine()}, {capability}, {torch.get_num_threads()} threads")
     print(f"matrix product: {ceiling / 1e9:.0f} GFLOP/s")

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,12 @@ def test_newest_unfinished_run(finished: Path, small: Path, capsys: pytest.Captu
     (small / "resnet18-1004.pt").touch()  # killed before it began
     assert train.newest_run("resnet18") == small / "resnet18-002.pt"
     assert train.new_run("resnet18") == small / "resnet18-1005.pt"
+
+
+def test_runs_that_start_at_the_same_moment(small: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(train.new_run, ["resnet18"] * 40))
+    assert sorted(p.name for p in paths) == [f"resnet18-{i:03d}.pt" for i in range(1, 41)]
 
 
 def test_loss_that_is_not_finite(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,7 +154,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "write_history", interrupt)
-    with pytest.raises(KeyboardInterrupt, match=r"1 epochs are saved: go on with --resume \".*resnet18-002.pt\""):
+    with pytest.raises(KeyboardInterrupt, match=r"1 of 3 epochs are saved, go on with --resume \".*resnet18-002.pt\""):
         train.train("resnet18", 3, seed=5, h=FAST)
     monkeypatch.setattr(train, "write_history", write_history)
     assert train.newest_run("resnet18") == small / "resnet18-002.pt"
