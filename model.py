@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-# Up to this output map (rows, columns) the weight gradient by taps was measured to be faster than the library's, by
-# instruction set (tests/benchmark.py, 128 to 512 channels): AVX2 1.2 to 74 times, AVX-512 1.0 to 9 times. Larger maps
-# hold too little padding to skip, and elsewhere it was not measured.
+# Where the weight gradient by taps was measured to be faster than the library's (tests/benchmark.py): from this many
+# output channels, up to this output map (rows, columns), by instruction set. AVX2: 1.02 to 74 times, AVX-512: 1.01 to 9
+# times. Larger maps have too little padding to skip; other instruction sets were not measured.
+TAP_CHANNELS = 256
 LARGEST_TAP_MAP = {"AVX2": 4, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
@@ -65,7 +66,7 @@ def positions_inside(tap: int, size: int, out_size: int, stride: int, padding: i
 
 
 class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d, trained faster on small maps: see TapConvolution and LARGEST_TAP_MAP."""
+    """torch.nn.Conv2d, trained faster on small maps: see TapConvolution and TAP_CHANNELS."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what torch.nn.Conv2d returns for x (N, C, H, W)."""
@@ -79,7 +80,7 @@ class Conv2d(nn.Conv2d):
             return False
         if x.dtype != torch.float32 or self.weight.dtype != torch.float32 or x.device.type != "cpu":
             return False
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled("cpu") or self.out_channels < TAP_CHANNELS:
             return False
         sizes = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, strict=True)
         return all((size + 2 * pad - kernel) // stride < LARGEST_TAP_MAP for size, kernel, stride, pad in sizes)

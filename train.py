@@ -404,7 +404,7 @@ def train(
     Prints a line per epoch and returns the history, a row per epoch as in the CSV file. Raises RunError.
     """
     keep_memory()
-    torch.set_flush_denormal(True)  # denormals are 100 times slower; before torch's threads start, which inherit it
+    torch.set_flush_denormal(True)  # slow otherwise; before torch starts its threads, which inherit it
     settings = {"arch": arch, "epochs": epochs, "seed": seed, "hyperparameters": dataclasses.asdict(h)}
     checkpoint = load(resume) if resume else None
     if checkpoint:

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from model import LARGEST_TAP_MAP, LAYER_TABLE, ResNet, TapConvolution
+from model import LARGEST_TAP_MAP, LAYER_TABLE, TAP_CHANNELS, ResNet, TapConvolution
 
 BATCH = 256
 ROUNDS = 5
@@ -131,7 +131,7 @@ def main() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__}, {platform.machine()}, {capability}, {torch.get_num_threads()} threads")
     print(f"matrix product: {ceiling / 1e9:.0f} GFLOP/s")
-    print(f"weight gradient by taps: up to a map of {LARGEST_TAP_MAP}x{LARGEST_TAP_MAP}")
+    print(f"weight gradient by taps: from {TAP_CHANNELS} channels, up to a map of {LARGEST_TAP_MAP}x{LARGEST_TAP_MAP}")
     print(f"\n| batch {BATCH} | ours, images/s | stock, images/s | ratio | share of the ceiling | input pipeline |")
     print("| --- | --- | --- | --- | --- | --- |")
     images = random_images(50_000)

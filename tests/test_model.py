@@ -110,6 +110,7 @@ def test_tap_gradients_equal_autograds(
     size: tuple[int, int], stride: int, kernel: int, batch: int, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "LARGEST_TAP_MAP", 4)
+    monkeypatch.setattr(model, "TAP_CHANNELS", 1)
     torch.manual_seed(0)
     layout = torch.channels_last if last else torch.contiguous_format
     conv = Conv2d(5, 6, kernel, stride, padding=kernel // 2, bias=False).to(memory_format=layout)
@@ -136,6 +137,7 @@ def test_tap_gradcheck() -> None:
 
 def test_second_derivative_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "LARGEST_TAP_MAP", 4)
+    monkeypatch.setattr(model, "TAP_CHANNELS", 1)
     conv = Conv2d(2, 2, 3, padding=1, bias=False)
     x = torch.randn(1, 2, 2, 2, requires_grad=True)
     (grad,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
@@ -159,6 +161,7 @@ def test_every_other_case_is_the_librarys(
     options: dict, dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "LARGEST_TAP_MAP", 4)
+    monkeypatch.setattr(model, "TAP_CHANNELS", 1)
     conv = Conv2d(2, 2, 3, **{"bias": False} | options).to(dtype)
     assert "TapConvolution" not in conv(torch.randn(1, 2, size, size, dtype=dtype)).grad_fn.name()
     conv.weight.requires_grad_(False)
