@@ -102,6 +102,11 @@ def test_he_initialisation() -> None:
     assert weight.std().item() == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)
 
 
+def test_bottleneck_starts_as_its_shortcut() -> None:
+    block, x = ResNet50().layer2[1].eval(), torch.rand(2, 512, 4, 4)
+    assert torch.equal(block(x), x)
+
+
 GRID = list(itertools.product([(1, 1), (2, 2), (1, 3), (4, 4), (3, 2)], [1, 2], [1, 3], [1, 2, 7], [False, True]))
 
 
