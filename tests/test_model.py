@@ -49,15 +49,15 @@ def test_equals_torchvision(ours: type[ResNet], theirs: str, size: int) -> None:
     net.load_state_dict(reference.state_dict())
     net = net.to(memory_format=torch.channels_last)
     x, labels = torch.randn(8, 3, size, size), torch.arange(8)
-    exact = copy.deepcopy(reference).double()
-    for module, images in ((net, x), (reference, x), (exact, x.double())):
+    twins = [copy.deepcopy(m).double() for m in (net, reference)]
+    for module, images in ((net, x), (reference, x), (twins[0], x.double()), (twins[1], x.double())):
         F.cross_entropy(module(images), labels).backward()
-    # Rounding grows on its way back through the layers: ours may be about as far from float64 as torchvision's own is.
-    ours_all, theirs_all, truth = (
-        torch.cat([p.grad.flatten().double() for p in m.parameters()]) for m in (net, reference, exact)
+    single, reference_single, double, reference_double = (
+        torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (net, reference, *twins)
     )
-    assert relative_error(ours_all, truth) < max(1e-5, 4 * relative_error(theirs_all, truth))
-    assert relative_error(ours_all, truth) < 0.02
+    assert relative_error(double, reference_double) < 1e-9
+    # In float32, where the taps are at work, rounding alone turns a ReLU on or off here and there.
+    assert relative_error(single, reference_single) < 0.02
     net.eval(), reference.eval()
     with torch.no_grad():
         assert relative_error(net(x), reference(x)) < 1e-5
