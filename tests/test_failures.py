@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -369,8 +370,7 @@ class TestSurroundings:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, to spare each run the import of torch")
 def test_killed_at_any_moment(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Kill -9 a run again and again; KILLS sets how often."""
-    kills, draw = int(os.environ.get("KILLS", 6)), train.random.Random(0)
-    epochs = max(3, kills // 4)
+    kills, draw, epochs = int(os.environ.get("KILLS", 6)), random.Random(), 4
 
     def fork(work: Callable[[], object]) -> int:
         child = os.fork()
@@ -380,27 +380,27 @@ def test_killed_at_any_moment(small: Path, capsys: pytest.CaptureFixture[str]) -
             os._exit(0)
         return child
 
-    def begin() -> None:
-        train.train("resnet18", epochs, h=FAST)
-
     start = time.perf_counter()
-    assert os.waitpid(fork(begin), 0)[1] == 0
+    assert os.waitpid(fork(lambda: train.train("resnet18", epochs, h=FAST)), 0)[1] == 0
     duration = time.perf_counter() - start
-    path = small / "resnet18-002.pt"
-    killed, finished = 0, False
-    while not finished:
-        resume = path if path.exists() and path.stat().st_size else None
-        child = fork(lambda: train.train("resnet18", epochs, h=FAST, resume=resume))  # noqa: B023
-        if killed < kills:
-            time.sleep(draw.uniform(0, 3 * duration / epochs))
-            os.kill(child, signal.SIGKILL)
-            killed += 1
-        status = os.waitpid(child, 0)[1]
-        assert status in (0, signal.SIGKILL)
-        finished = status == 0
-        if path.exists() and path.stat().st_size:
-            train.load(path)  # whole, after every kill
-        elif path.exists():
-            path.unlink()
-    assert_equal(saved_state(small / "resnet18-001.pt"), saved_state(path))
-    assert not list(small.glob("*.tmp"))
+    whole, path = saved_state(small / "resnet18-001.pt"), small / "resnet18-002.pt"
+    killed = 0
+    while killed < kills:
+        finished = False
+        while not finished:
+            resume = path if path.exists() and path.stat().st_size else None
+            child = fork(lambda: train.train("resnet18", epochs, h=FAST, resume=resume))  # noqa: B023
+            if killed < kills:
+                time.sleep(draw.uniform(0, 2 * duration / epochs))
+                os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+            assert status in (0, signal.SIGKILL)
+            finished = status == 0
+            killed += not finished
+            if path.exists() and path.stat().st_size:
+                train.load(path)  # whole, after every kill
+            elif path.exists():
+                path.unlink()
+        assert_equal(saved_state(path), whole)
+        assert not list(small.glob("*.tmp"))
+        path.unlink()
