@@ -75,9 +75,7 @@ def random_images(count: int) -> train.Images:
 def our_step(arch: str, size: int) -> Callable[[], object]:
     """Return a step as train.py does it: augmentation, network, optimizer and average."""
     h = train.Hyperparameters(batch_size=BATCH)
-    images = train.Images(
-        torch.randint(256, (4 * BATCH, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (4 * BATCH,))
-    )
+    images = random_images(4 * BATCH)
     mean, std = train.pixel_statistics(images.pixels)
     model = ResNet(*LAYER_TABLE[arch]).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, nesterov=True, weight_decay=5e-4, fused=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
@@ -96,6 +97,18 @@ def test_to_input_equals_torchvisions_transforms() -> None:
         x = train.to_input(pixels, mean, std, size)
         torch.testing.assert_close(x, transform(pixels.permute(0, 3, 1, 2)), rtol=1e-4, atol=1e-5)
         assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_whitened_outputs_are_uncorrelated() -> None:
+    x = F.interpolate(torch.randn(200, 3, 8, 8), (28, 28), mode="bilinear")  # neighbours are alike
+    convolution = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+    train.whiten(convolution, x)
+    outputs = F.conv2d(x, convolution.weight, stride=7).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(outputs[:32], -outputs[32:])
+    patches = x.reshape(200, 3, 4, 7, 4, 7).permute(0, 2, 4, 1, 3, 5).reshape(3200, 147)
+    variances = torch.linalg.svdvals(patches - patches.mean(0))[:32].flip(0) ** 2 / 3199
+    expected = torch.diag(variances / (variances + 0.01))
+    torch.testing.assert_close(outputs[:32].cov(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_learning_rate() -> None:
