@@ -431,7 +431,8 @@ def train(
     torch.manual_seed(seed)
     # Channels last is the layout in which oneDNN convolves without converting.
     model = ResNet(*LAYER_TABLE[arch], len(classes)).to(memory_format=torch.channels_last)
-    whiten(model.conv1, to_input(training.pixels[:3000], mean, std, 48))
+    if not checkpoint:
+        whiten(model.conv1, to_input(training.pixels[:3000], mean, std, 48))
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{arch}, {parameters:,} parameters, {torch.get_num_threads()} threads, "
