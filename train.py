@@ -194,6 +194,16 @@ def learning_rate(step: int, steps: int, h: Hyperparameters) -> float:
     return h.peak_lr * min(rise, (1 - done) / (1 - h.warmup))
 
 
+def optimizer_and_average(model: nn.Module, h: Hyperparameters) -> tuple[torch.optim.Optimizer, AveragedModel]:
+    """Return what turns the gradients of `model` into its next weights, and the running average of these."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": h.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, h.peak_lr, h.momentum, nesterov=True, fused=True)  # fused: one pass over memory
+    return optimizer, AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(h.average_decay), use_buffers=True)
+
+
 def batch_count(images: Images, h: Hyperparameters) -> int:
     """Return how many batches `images` make: of batch_size or slightly more, so that none is left with one image."""
     return max(1, len(images.labels) // h.batch_size)
@@ -439,12 +449,7 @@ def train(
         f"{len(training.labels):,} training and {len(reported.labels):,} {split} images",
         flush=True,
     )
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": h.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, h.peak_lr, h.momentum, nesterov=True, fused=True)  # fused: one pass over memory
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(h.average_decay), use_buffers=True)
+    optimizer, average = optimizer_and_average(model, h)
     history: list[dict[str, float]] = []
     if checkpoint:
         model.load_state_dict(checkpoint["training"]["model"])

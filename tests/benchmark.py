@@ -20,7 +20,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -78,8 +77,7 @@ def our_step(arch: str, size: int) -> Callable[[], object]:
     images = random_images(4 * BATCH)
     mean, std = train.pixel_statistics(images.pixels)
     model = ResNet(*LAYER_TABLE[arch]).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, nesterov=True, weight_decay=5e-4, fused=True)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    optimizer, average = train.optimizer_and_average(model, h)
     prepare = partial(train.to_input, mean=mean, std=std, size=size)
 
     def step() -> None:
