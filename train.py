@@ -53,15 +53,14 @@ class Hyperparameters:
     # network divides the size by 4: larger images are more accurate at the square of the cost; a small start saves it.
     # Sizes whose maps do not halve evenly are dear: a step took 0.21 s at 32 px, 0.42 at 40, 0.83 at 56, 0.77 at 64.
     image_sizes: tuple[int, ...] = (32, 32, 32, 64, 64)
-    batch_size: int = 128  # images a step
-    peak_lr: float = 0.2  # SGD's learning rate after the warm-up
+    batch_size: int = 512  # images a step; Muon's own work is the same for a small batch
+    peak_lr: float = 0.05  # the learning rate after the warm-up; of a kernel, the share by which a step turns it
     warmup: float = 0.2  # the share of all steps in which the rate rises, linearly, before it falls, linearly, to 0
     momentum: float = 0.9  # Nesterov's
-    weight_decay: float = 2.5e-4  # of the weights of convolutions and fc, not of biases and batch normalisation
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
-    crop: int = 3  # px by which an image is shifted at most along each axis, reflected at the border
-    erase: int = 4  # px, the side of the square that is erased from each image
-    average_decay: float = 0.995  # a step, of the running average of the weights, which is what is tested and saved
+    crop: int = 4  # px by which an image is shifted at most along each axis, reflected at the border
+    erase: int = 8  # px, the side of the square that is erased from each image
+    average_decay: float = 0.98  # a step, of the running average of the weights, which is what is tested and saved
     validate: bool = False  # True: hold 5,000 training images out and report on them, to tune without the test images
 
 
@@ -194,14 +193,56 @@ def learning_rate(step: int, steps: int, h: Hyperparameters) -> float:
     return h.peak_lr * min(rise, (1 - done) / (1 - h.warmup))
 
 
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Return about U V^T for a float32 matrix (R, C) = U S V^T: most singular values become 0.7 to 1.2.
+
+    Three of Muon's quintic Newton-Schulz steps, with its coefficients (https://kellerjordan.github.io/posts/muon).
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.T).T
+    matrix = matrix / (matrix.norm() + 1e-7)
+    # On the Gram matrix (R, R), which commutes with every factor: for (512, 4608) a quarter of the operations.
+    gram, product = matrix @ matrix.T, None
+    for _ in range(3):
+        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        factor.diagonal().add_(3.4445)
+        gram = factor @ gram @ factor
+        product = factor if product is None else factor @ product
+    return product @ matrix
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for convolutions, SGD for all else, both with Nesterov's momentum.
+
+    The step of a kernel, as a matrix of an output channel a row, is made orthogonal, and the kernel kept at the norm of
+    an orthogonal matrix, which leaves the network as it is where batch normalisation follows (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon). torch.optim.Muon takes matrices alone, and bfloat16, which is slow on
+    most CPUs. Validation accuracy after 4 epochs at 32 px, in about equal time: 0.78 so, 0.749 with SGD.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Change the parameters by the gradients they hold."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.mul_(group["momentum"]).add_(p.grad)
+                update = p.grad.add(buffer, alpha=group["momentum"])
+                if p.ndim == 4:
+                    by_channel = update.permute(0, 2, 3, 1)  # no copy: channels last in memory
+                    matrix = by_channel.flatten(1)
+                    update = orthogonalise(matrix).view(by_channel.shape).permute(0, 3, 1, 2)
+                    p.mul_(min(matrix.shape) ** 0.5 / p.norm())
+                p.add_(update, alpha=-group["lr"])
+
+
 def optimizer_and_average(model: nn.Module, h: Hyperparameters) -> tuple[torch.optim.Optimizer, AveragedModel]:
     """Return what turns the gradients of `model` into its next weights, and the running average of these."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": h.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, h.peak_lr, h.momentum, nesterov=True, fused=True)  # fused: one pass over memory
-    return optimizer, AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(h.average_decay), use_buffers=True)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(h.average_decay), use_buffers=True)
+    return Muon(model.parameters(), h.peak_lr, h.momentum), average
 
 
 def batch_count(images: Images, h: Hyperparameters) -> int:

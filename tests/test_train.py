@@ -120,6 +120,37 @@ def test_learning_rate() -> None:
     assert train.learning_rate(0, 99, Hyperparameters(peak_lr=0.5, warmup=0)) == pytest.approx(0.495)
 
 
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (5, 5)])
+def test_orthogonalise_acts_on_the_singular_values_alone(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape)
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s /= s.square().sum().sqrt()
+    for _ in range(3):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(train.orthogonalise(matrix).double(), u * s @ v, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_steps() -> None:
+    kernel, vector, matrix = (nn.Parameter(torch.randn(shape)) for shape in ((8, 3, 5, 5), (7,), (4, 6)))
+    kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+    others = [nn.Parameter(p.detach().clone()) for p in (vector, matrix)]
+    expected, momentum = kernel.detach().double(), 0.0
+    muon = train.Muon([kernel, vector, matrix], lr=0.1, momentum=0.9)
+    sgd = torch.optim.SGD(others, lr=0.1, momentum=0.9, nesterov=True)
+    for _ in range(4):
+        for p in (kernel, vector, matrix):
+            p.grad = torch.randn_like(p)
+        for p, other in zip((vector, matrix), others, strict=True):
+            other.grad = p.grad.clone()
+        muon.step()
+        sgd.step()
+        momentum = 0.9 * momentum + kernel.grad.double()
+        step = train.orthogonalise((kernel.grad + 0.9 * momentum).reshape(8, 75)).reshape(8, 3, 5, 5)
+        expected = expected * 8**0.5 / expected.norm() - 0.1 * step
+        torch.testing.assert_close(kernel.detach().double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close([vector, matrix], others)
+
+
 def test_image_sizes_share_the_epochs() -> None:
     h = Hyperparameters(image_sizes=(32, 48, 64))
     assert [train.image_size(e, 6, h) for e in range(6)] == [32, 32, 48, 48, 64, 64]
