@@ -53,7 +53,8 @@ class Hyperparameters:
     # network divides the size by 4: larger images are more accurate at the square of the cost; a small start saves it.
     # Sizes whose maps do not halve evenly are dear: a step took 0.21 s at 32 px, 0.42 at 40, 0.83 at 56, 0.77 at 64.
     image_sizes: tuple[int, ...] = (32, 32, 32, 64, 64)
-    batch_size: int = 512  # images a step; Muon's own work is the same for a small batch
+    batch_size: int = 128  # images that go through the network, and are normalised, together
+    accumulation: int = 4  # batches whose gradients make a step: Muon's own work is shared, the memory is that of one
     peak_lr: float = 0.05  # the learning rate after the warm-up; of a kernel, the share by which a step turns it
     warmup: float = 0.2  # the share of all steps in which the rate rises, linearly, before it falls, linearly, to 0
     momentum: float = 0.9  # Nesterov's
@@ -298,12 +299,13 @@ def run_epoch(
                 at = f", step {step + 1} of {count}, learning rate {rates[step]:.3g}" if training else ""
                 raise RunError(f"{title}{at}: the loss is {loss.item()}. Lower peak_lr in Hyperparameters.")
             if training:
-                for group in optimizer.param_groups:
-                    group["lr"] = rates[step]
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                average.update_parameters(model)
+                (loss / h.accumulation).backward()
+                if (step + 1) % h.accumulation == 0 or step + 1 == count:
+                    for group in optimizer.param_groups:
+                        group["lr"] = rates[step]
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    average.update_parameters(model)
             total_loss += loss.item() * len(labels)
             hits += (logits.argmax(1) == labels).sum().item()
             all_logits.append(logits.detach())

@@ -27,6 +27,7 @@ import train
 from model import LARGEST_TAP_MAP, LAYER_TABLE, TAP_CHANNELS, ResNet, TapConvolution
 
 BATCH = 256
+STEP_BATCHES = train.Hyperparameters.batch_size * train.Hyperparameters.accumulation // BATCH  # a step, as in training
 ROUNDS = 5
 
 
@@ -72,17 +73,17 @@ def random_images(count: int) -> train.Images:
 
 
 def our_step(arch: str, size: int) -> Callable[[], object]:
-    """Return a step as train.py does it: augmentation, network, optimizer and average."""
-    h = train.Hyperparameters(batch_size=BATCH)
-    images = random_images(4 * BATCH)
+    """Return a step as train.py does it: augmentation, network, optimizer and average, on STEP_BATCHES batches."""
+    h = train.Hyperparameters(batch_size=BATCH, accumulation=STEP_BATCHES)
+    images = random_images(STEP_BATCHES * BATCH)
     mean, std = train.pixel_statistics(images.pixels)
     model = ResNet(*LAYER_TABLE[arch]).to(memory_format=torch.channels_last)
     optimizer, average = train.optimizer_and_average(model, h)
     prepare = partial(train.to_input, mean=mean, std=std, size=size)
 
     def step() -> None:
-        batches = iter([next(train.training_batches(images, h, 0, 0, prepare))])
-        train.run_epoch("", model, batches, 1, h, optimizer, [1e-6], average)
+        batches = train.training_batches(images, h, 0, 0, prepare)
+        train.run_epoch("", model, batches, STEP_BATCHES, h, optimizer, [1e-6] * STEP_BATCHES, average)
 
     return step
 
@@ -140,6 +141,7 @@ def main() -> None:
 
         timers = partial(timed, our_step(arch, size)), partial(stock, arch, size, BATCH), partial(timed, pipeline)
         ours, theirs, feeding = medians(*timers)
+        ours /= STEP_BATCHES
         share = step_flops(arch, size) / ours / ceiling
         rates = f"{BATCH / ours:.0f} | {BATCH / theirs:.0f} | {theirs / ours:.2f}"
         print(f"| {arch}, {size} px | {rates} | {share:.0%} | {feeding / ours:.1%} |", flush=True)

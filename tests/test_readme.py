@@ -29,7 +29,7 @@ def block(word: str) -> str:
 @pytest.fixture
 def trained(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Train a run for the README's lines to use; make its folder the current one."""
-    train.train("resnet18", 1, h=train.Hyperparameters(image_sizes=(48,), batch_size=10, peak_lr=0.02))
+    train.train("resnet18", 1, h=train.Hyperparameters(image_sizes=(48,), batch_size=10, accumulation=1, peak_lr=0.02))
     monkeypatch.chdir(tmp_path)
     return small / "resnet18-001.pt"
 

@@ -1,5 +1,6 @@
 """Augmentation, schedule, runs and checkpoints on a small data set."""
 
+import copy
 import csv
 import re
 from pathlib import Path
@@ -151,6 +152,19 @@ def test_muon_steps() -> None:
     torch.testing.assert_close([vector, matrix], others)
 
 
+def test_accumulated_batches_make_one_step() -> None:
+    x, labels, whole = torch.randn(20, 6), torch.randint(3, (20,)), nn.Linear(6, 3)
+    averages = []
+    for size, accumulation in ((10, 1), (5, 2), (4, 3)):
+        model, h = copy.deepcopy(whole), Hyperparameters(batch_size=size, accumulation=accumulation)
+        optimizer, average = train.optimizer_and_average(model, h)
+        batches = zip(x.split(size), labels.split(size), strict=True)
+        train.run_epoch("", model, batches, 20 // size, h, optimizer, [0.1] * (20 // size), average)
+        assert average.n_averaged == 2  # the last step of (4, 3) is one of two batches
+        averages.append(average.module.state_dict())
+    torch.testing.assert_close(averages[0], averages[1])
+
+
 def test_image_sizes_share_the_epochs() -> None:
     h = Hyperparameters(image_sizes=(32, 48, 64))
     assert [train.image_size(e, 6, h) for e in range(6)] == [32, 32, 48, 48, 64, 64]
@@ -172,7 +186,9 @@ def test_validation_split_is_balanced_and_leaves_the_test_images_alone(
 
 
 def test_learns(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    h = Hyperparameters(image_sizes=(32,), batch_size=10, peak_lr=0.02, average_decay=0.5, crop=0, erase=0)
+    h = Hyperparameters(
+        image_sizes=(32,), batch_size=10, accumulation=1, peak_lr=0.02, average_decay=0.5, crop=0, erase=0
+    )
     history = train.train("resnet18", 8, h=h)
     assert history[-1]["test_acc"] > 0.25  # guessing gives 0.1
     lines = capsys.readouterr().out.splitlines()
