@@ -55,7 +55,9 @@ class Hyperparameters:
     image_sizes: tuple[int, ...] = (32, 32, 32, 64, 64)
     batch_size: int = 128  # images that go through the network, and are normalised, together
     accumulation: int = 4  # batches whose gradients make a step: Muon's own work is shared, the memory is that of one
-    peak_lr: float = 0.05  # the learning rate after the warm-up; of a kernel, the share by which a step turns it
+    # The learning rate after the warm-up; of a kernel, the share of it that a step changes. Weight decay would not act
+    # on kernels, which keep their norm.
+    peak_lr: float = 0.05
     warmup: float = 0.2  # the share of all steps in which the rate rises, linearly, before it falls, linearly, to 0
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
@@ -172,7 +174,7 @@ def whiten(convolution: nn.Conv2d, x: Tensor) -> None:
     """Start `convolution` with filters whose outputs on x (N, C, H, W) are uncorrelated and of variance 1.
 
     They are the eigenvectors of the patches' covariance with the largest eigenvalues, and their negatives (airbench,
-    arXiv:2404.00498, section 3.2). Validation accuracy after 4 epochs at 32 px: 0.7642 with them, 0.7280 without.
+    arXiv:2404.00498, section 3.2). Validation accuracy after 4 epochs of SGD at 32 px: 0.7642 so, 0.7280 without.
     """
     patches = F.unfold(x, convolution.kernel_size, stride=convolution.kernel_size).transpose(1, 2).flatten(0, 1)
     variances, directions = torch.linalg.eigh(patches.T.cov())  # in ascending order
@@ -218,7 +220,7 @@ class Muon(torch.optim.Optimizer):
     The step of a kernel, as a matrix of an output channel a row, is made orthogonal, and the kernel kept at the norm of
     an orthogonal matrix, which leaves the network as it is where batch normalisation follows (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon). torch.optim.Muon takes matrices alone, and bfloat16, which is slow on
-    most CPUs. Validation accuracy after 4 epochs at 32 px, in about equal time: 0.78 so, 0.749 with SGD.
+    most CPUs. Validation accuracy after 4 epochs at 32 px, in equal time: 0.7954 with it, 0.7490 with SGD.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float) -> None:
