@@ -231,7 +231,9 @@ class Muon(torch.optim.Optimizer):
         """Change the parameters by the gradients they hold."""
         for group in self.param_groups:
             for p in group["params"]:
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"]
                 buffer.mul_(group["momentum"]).add_(p.grad)
                 update = p.grad.add(buffer, alpha=group["momentum"])
                 if p.ndim == 4:

@@ -174,9 +174,9 @@ def test_loss_that_is_not_finite(small: Path, capsys: pytest.CaptureFixture[str]
     assert train.load(small / "resnet18-001.pt")["history"] == []
 
 
-@pytest.mark.parametrize(("batch_size", "steps"), [(7, 4), (99, 1), (1000, 1)])
+@pytest.mark.parametrize(("batch_size", "steps"), [(7, 14), (99, 1), (1000, 1)])
 def test_batch_sizes(batch_size: int, steps: int, small: Path) -> None:
-    h = train.Hyperparameters(batch_size=batch_size, image_sizes=(16,))
+    h = train.Hyperparameters(batch_size=batch_size, accumulation=1, image_sizes=(16,))
     train.train("resnet18", 1, h=h)
     assert train.load(small / "resnet18-001.pt")["training"]["averaged_steps"] == steps
 
