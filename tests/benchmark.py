@@ -4,7 +4,8 @@
 
 Times are medians of runs in turn, ours, theirs, ours, ..., so that a machine whose speed drifts still gives a fair
 ratio. "Share of the ceiling" is the arithmetic of forward and backward pass, padding counted (torch's FLOP counter),
-over the time and the rate of a large matrix product; it can exceed 100 %, as the library skips some of the padding.
+over the time and the rate of a large matrix product; it can exceed 100 %, as Winograd's products need fewer
+multiplications and the library skips some of the padding.
 """
 
 import platform
@@ -24,9 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from model import LARGEST_TAP_MAP, LAYER_TABLE, TAP_CHANNELS, ResNet, TapConvolution
+from model import LAYER_TABLE, Conv2d, ResNet
 
 BATCH = 256
+LAYER_BATCH = train.Hyperparameters.batch_size
 STEP_BATCHES = train.Hyperparameters.batch_size * train.Hyperparameters.accumulation // BATCH  # a step, as in training
 ROUNDS = 5
 
@@ -111,11 +113,10 @@ def step_flops(arch: str, size: int) -> int:
     return counter.get_total_flops()
 
 
-def weight_gradient(tap: bool, x: Tensor, weight: Tensor, stride: int, pad: int) -> Callable[[], object]:
-    """Return a call of one layer's weight gradient, by taps or the library's."""
-    out = TapConvolution.apply(x, weight, (stride,) * 2, (pad,) * 2) if tap else F.conv2d(x, weight, None, stride, pad)
-    grad = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, weight, grad, retain_graph=True)
+def layer_step(conv: nn.Conv2d, x: Tensor) -> Callable[[], object]:
+    """Return a call that convolves x and works out both gradients."""
+    x, grad = x.clone().requires_grad_(), torch.randn_like(conv(x))
+    return lambda: torch.autograd.grad(conv(x), (x, conv.weight), grad)
 
 
 def main() -> None:
@@ -128,7 +129,6 @@ def main() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__}, {platform.machine()}, {capability}, {torch.get_num_threads()} threads")
     print(f"matrix product: {ceiling / 1e9:.0f} GFLOP/s")
-    print(f"weight gradient by taps: from {TAP_CHANNELS} channels, up to a map of {LARGEST_TAP_MAP}x{LARGEST_TAP_MAP}")
     print(f"\n| batch {BATCH} | ours, images/s | stock, images/s | ratio | share of the ceiling | input pipeline |")
     print("| --- | --- | --- | --- | --- | --- |")
     images = random_images(50_000)
@@ -148,13 +148,13 @@ def main() -> None:
     (plain,) = medians(partial(stock, "resnet18", 32, 128))
     minutes = 30 * 50_000 * plain / 128 / 60
     print(f"\nstock resnet18, 32 px, batch 128: {128 / plain:.0f} images/s, 30 epochs in {minutes:.0f} min")
-    print("\n| 3x3 layer, weight gradient | by taps, GFLOP/s | library, GFLOP/s |\n| --- | --- | --- |")
+    print("\n| 3x3 layer, forward and both gradients | ours, ms | library, ms | ratio |\n| --- | --- | --- | --- |")
     for inputs, outputs, stride, side in LAYERS:
-        x = torch.randn(BATCH, inputs, side * stride, side * stride).to(memory_format=torch.channels_last)
-        weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3).to(memory_format=torch.channels_last))
-        times = medians(*(partial(timed, weight_gradient(tap, x, weight, stride, 1)) for tap in (True, False)))
-        flops = 2 * BATCH * side**2 * 9 * inputs * outputs
-        rates = " | ".join(f"{flops / t / 1e9:.0f}" for t in times)
+        x = torch.randn(LAYER_BATCH, inputs, side * stride, side * stride).to(memory_format=torch.channels_last)
+        convs = (layer(inputs, outputs, 3, stride, padding=1, bias=False) for layer in (Conv2d, nn.Conv2d))
+        steps = (layer_step(conv.to(memory_format=torch.channels_last), x) for conv in convs)
+        ours, theirs = medians(*(partial(timed, step) for step in steps))
+        rates = f"{ours * 1e3:.1f} | {theirs * 1e3:.1f} | {theirs / ours:.2f}"
         print(f"| {side}x{side}, {inputs} to {outputs}, stride {stride} | {rates} |", flush=True)
 
 
