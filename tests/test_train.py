@@ -75,9 +75,9 @@ def test_augment_cuts_larger_and_smaller_squares() -> None:
 
 def test_zoom_ends_before_the_last_epochs_and_is_weaker_in_short_runs() -> None:
     h = Hyperparameters(zoom=6, plain=0.1)
-    assert [train.zoom(epoch, 30, h) for epoch in range(30)] == [6] * 27 + [0] * 3
-    assert [train.zoom(epoch, 10, h) for epoch in range(10)] == [2] * 9 + [0]
-    assert [train.zoom(epoch, 4, h) for epoch in range(4)] == [0] * 4
+    assert [train.largest_zoom(epoch, 30, h) for epoch in range(30)] == [6] * 27 + [0] * 3
+    assert [train.largest_zoom(epoch, 10, h) for epoch in range(10)] == [2] * 9 + [0]
+    assert [train.largest_zoom(epoch, 4, h) for epoch in range(4)] == [0] * 4
 
 
 def test_augment_erases_a_square() -> None:
