@@ -18,8 +18,8 @@ from torch.nn import functional as F
 TAP_CHANNELS = 256
 LARGEST_TAP_MAP = {"AVX2": 4, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 0)
 # Where 3x3 convolutions by fewer multiplications were measured to be faster than the above, forward and backward
-# together, at 128 images: 1.1 to 1.4 times with 64 channels, 1.3 to 2.0 times from 128 on, where moving the data for
-# the transforms costs less beside the products. Other instruction sets were not measured.
+# together, at 128 images: 1.0 to 1.4 times with 64 channels, 1.25 times and more from 128 on, where moving the data
+# for the transforms costs less beside the products. Other instruction sets were not measured.
 WINOGRAD_CHANNELS = 64
 WINOGRAD_BATCH = 64  # images; of 32, some layers were slower
 LARGEST_WINOGRAD_MAP = {"AVX2": 24}.get(torch.backends.cpu.get_cpu_capability(), 0)
