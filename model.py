@@ -81,11 +81,10 @@ def winograd_matrices(size: int) -> tuple[Tensor, Tensor, Tensor]:
     points and infinity, the Toom-Cook product of polynomials transposed (Winograd 1980; Lavin and Gray 2015,
     arXiv:1509.09308, section 4). On maps of 1 and 2 the zeros leave 1 and 3, the latter Karatsuba's.
     """
-    if size == 1:
-        return torch.ones(1, 1), torch.ones(1, 1), torch.tensor([[0.0, 1.0, 0.0]])
-    if size == 2:
-        a, b, g = [[1, 1, 0], [1, 0, 1]], [[1, 1], [0, 1], [1, 0]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]]
-        return torch.tensor(a).float(), torch.tensor(b).float(), torch.tensor(g).float()
+    if size <= 2:
+        one = [[1]], [[1]], [[0, 1, 0]]
+        karatsuba = [[1, 1, 0], [1, 0, 1]], [[1, 1], [0, 1], [1, 0]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]]
+        return tuple(torch.tensor(matrix).float() for matrix in (one if size == 1 else karatsuba))
     tile = 4 if size % 4 == 0 else 3
     points = torch.tensor([0, 1, -1, 2, -2], dtype=torch.float64)[: tile + 1]
 
