@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-# Where the weight gradient by taps was measured to be faster than the library's (tests/benchmark.py): from this many
-# output channels, up to this output map (rows, columns), by instruction set. AVX2: 1.02 to 74 times, AVX-512: 1.01 to 9
-# times. Larger maps have too little padding to skip; other instruction sets were not measured.
+# Where the weight gradient by taps, timed alone, was measured to be faster than the library's: from this many output
+# channels, up to this output map (rows, columns), by instruction set. AVX2: 1.02 to 74 times, AVX-512: 1.01 to 9 times.
+# tests/benchmark.py times the layers as they are used. Larger maps have too little padding to skip; other instruction
+# sets were not measured.
 TAP_CHANNELS = 256
 LARGEST_TAP_MAP = {"AVX2": 4, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 0)
 # Where 3x3 convolutions by fewer multiplications were measured to be faster than the above, forward and backward
@@ -92,9 +93,10 @@ def winograd_matrices(size: int) -> tuple[Tensor, Tensor, Tensor]:
         infinity = torch.arange(columns) == columns - 1
         return torch.cat([points[:, None] ** torch.arange(columns), infinity[None]])
 
+    interpolation = vandermonde(tile + 2).inverse().T
     b = torch.zeros(size // tile, tile + 2, size + 2, dtype=torch.float64)
     for i, rows in enumerate(b):
-        rows[:, i * tile : i * tile + tile + 2] = vandermonde(tile + 2).inverse().T
+        rows[:, i * tile : i * tile + tile + 2] = interpolation
     a = torch.block_diag(*[vandermonde(tile).T] * len(b))
     return a.float(), b[..., 1:-1].flatten(0, 1).float(), vandermonde(3).float()
 

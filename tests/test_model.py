@@ -47,10 +47,7 @@ def test_size_is_the_papers(arch: str, parameters: int, multiply_adds: float) ->
 
 @pytest.mark.parametrize(("ours", "theirs"), [(ResNet18, "resnet18"), (ResNet34, "resnet34")])
 @pytest.mark.parametrize("size", [32, 48, 64])
-def test_equals_torchvision(
-    ours: type[ResNet], theirs: str, size: int, monkeypatch: pytest.MonkeyPatch, always_winograd: None
-) -> None:
-    monkeypatch.setattr(model, "WINOGRAD_CHANNELS", 64)
+def test_equals_torchvision(ours: type[ResNet], theirs: str, size: int, always_winograd: None) -> None:
     torch.manual_seed(0)
     reference = torchvision.models.get_model(theirs, num_classes=10)
     net = ours()
