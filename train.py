@@ -52,7 +52,7 @@ class Hyperparameters:
     # The sizes in px to which images are enlarged, each for an equal share of the epochs. Before its first block the
     # network divides the size by 4: larger images are more accurate at the square of the cost; a small start saves it.
     # Sizes whose maps do not halve evenly are dear: a step took 0.21 s at 32 px, 0.42 at 40, 0.83 at 56, 0.77 at 64.
-    image_sizes: tuple[int, ...] = (32, 32, 32, 64, 64)
+    image_sizes: tuple[int, ...] = (32, 64, 64)
     batch_size: int = 128  # images that go through the network, and are normalised, together
     accumulation: int = 4  # batches whose gradients make a step: Muon's own work is shared, the memory is that of one
     # The learning rate after the warm-up; of a kernel, the share of it that a step changes. Weight decay would not act
@@ -63,6 +63,12 @@ class Hyperparameters:
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
     crop: int = 4  # px by which an image is shifted at most along each axis, reflected at the border
     erase: int = 8  # px, the side of the square that is erased from each image
+    # px by which the square that is cut from the images of a batch is larger or smaller than they are, at most, before
+    # it is brought to the image size; a px less for every 5 epochs that a run has less than 30: short runs lack fit.
+    zoom: int = 6
+    # The share of the epochs, the last ones, without zoom. The last two of 30 without it: 0.8942 on the validation
+    # images, and 0.8842 with it.
+    plain: float = 0.1
     average_decay: float = 0.98  # a step, of the running average of the weights, which is what is tested and saved
     validate: bool = False  # True: hold 5,000 training images out and report on them, to tune without the test images
 
@@ -150,16 +156,23 @@ def random_stream(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
 
 
-def augment(images: Images, index: Tensor, flip: Tensor, h: Hyperparameters, generator: torch.Generator) -> Tensor:
-    """Return the images at `index` (B,), shifted, mirrored where `flip` (B,), a square erased: uint8 (B, 32, 32, 3)."""
+def augment(
+    images: Images, index: Tensor, flip: Tensor, zoom: int, h: Hyperparameters, generator: torch.Generator
+) -> Tensor:
+    """Return squares of the images at `index` (B,), shifted, mirrored where `flip` (B,), a square erased.
+
+    They are uint8 (B, S, S, 3), with S drawn once for all, from 32 - zoom to 32 + zoom px.
+    """
     side, count = images.pixels.shape[1], len(index)
-    place = torch.arange(side)
-    shifted = (place + torch.randint(-h.crop, h.crop + 1, (2, count, 1), generator=generator)).abs()
+    window = side + torch.randint(-zoom, zoom + 1, (), generator=generator).item() if zoom else side
+    place = torch.arange(window)
+    shift = (side - window) // 2 + torch.randint(-h.crop, h.crop + 1, (2, count, 1), generator=generator)
+    shifted = (place + shift).abs()
     rows, columns = side - 1 - (side - 1 - shifted).abs()  # reflected at either border
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     # One gather picks, shifts and mirrors: each copy of the batch would cost as much again.
     pixels = images.pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-    corner = torch.randint(side - h.erase + 1, (2, count, 1), generator=generator)
+    corner = torch.randint(window - h.erase + 1, (2, count, 1), generator=generator)
     rows, columns = (place >= corner) & (place < corner + h.erase)
     return pixels.masked_fill_((rows[:, :, None] & columns[:, None, :])[..., None], 120)  # about the mean pixel
 
@@ -187,6 +200,11 @@ def whiten(convolution: nn.Conv2d, x: Tensor) -> None:
 def image_size(epoch: int, epochs: int, h: Hyperparameters) -> int:
     """Return the size in px of the images of `epoch`, counted from 0."""
     return h.image_sizes[epoch * len(h.image_sizes) // epochs]
+
+
+def largest_zoom(epoch: int, epochs: int, h: Hyperparameters) -> int:
+    """Return the largest zoom in px of `epoch`, counted from 0, of a run of `epochs`."""
+    return min(h.zoom, epochs // 5) if epoch < int(epochs * (1 - h.plain)) else 0
 
 
 def learning_rate(step: int, steps: int, h: Hyperparameters) -> float:
@@ -257,7 +275,7 @@ def batch_count(images: Images, h: Hyperparameters) -> int:
 
 
 def training_batches(
-    images: Images, h: Hyperparameters, seed: int, epoch: int, prepare: Callable[[Tensor], Tensor]
+    images: Images, zoom: int, h: Hyperparameters, seed: int, epoch: int, prepare: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and labels of one epoch, in an order and with an augmentation that seed and epoch decide."""
     # Mirrored in every other epoch, half of the images in the first, so each is seen both ways equally often (airbench,
@@ -266,7 +284,7 @@ def training_batches(
     generator = random_stream(seed, epoch)
     order = torch.randperm(len(images.labels), generator=generator)
     for index in order.tensor_split(batch_count(images, h)):
-        yield prepare(augment(images, index, flip[index], h, generator)), images.labels[index]
+        yield prepare(augment(images, index, flip[index], zoom, h, generator)), images.labels[index]
 
 
 def test_batches(
@@ -547,7 +565,7 @@ def train(
             size = image_size(epoch, epochs, h)
             rates = [learning_rate(epoch * count + step, epochs * count, h) for step in range(count)]
             prepare = partial(to_input, mean=mean, std=std, size=size)
-            batches = training_batches(training, h, seed, epoch, prepare)
+            batches = training_batches(training, largest_zoom(epoch, epochs, h), h, seed, epoch, prepare)
             title = f"Epoch {epoch + 1}"
             loss, train_acc, _ = run_epoch(title, model, batches, count, h, optimizer, rates, average)
             accuracy, logits = test(size)

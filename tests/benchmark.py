@@ -84,7 +84,7 @@ def our_step(arch: str, size: int) -> Callable[[], object]:
     prepare = partial(train.to_input, mean=mean, std=std, size=size)
 
     def step() -> None:
-        batches = train.training_batches(images, h, 0, 0, prepare)
+        batches = train.training_batches(images, h.zoom, h, 0, 0, prepare)
         train.run_epoch("", model, batches, STEP_BATCHES, h, optimizer, [1e-6] * STEP_BATCHES, average)
 
     return step
@@ -137,7 +137,7 @@ def main() -> None:
     for arch, size in [("resnet18", 32), ("resnet18", 48), ("resnet18", 64), ("resnet34", 32), ("resnet50", 32)]:
 
         def pipeline(size: int = size) -> None:
-            train.to_input(train.augment(images, index, flip, h, draw), one, one, size)
+            train.to_input(train.augment(images, index, flip, h.zoom, h, draw), one, one, size)
 
         timers = partial(timed, our_step(arch, size)), partial(stock, arch, size, BATCH), partial(timed, pipeline)
         ours, theirs, feeding = medians(*timers)

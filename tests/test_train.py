@@ -47,7 +47,7 @@ def test_augment_equals_pad_crop_flip() -> None:
     pixels = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8)
     flip = torch.arange(20) % 2 == 0
     index = torch.randperm(20)
-    batch = train.augment(Images(pixels, torch.arange(20)), index, flip, h, train.random_stream(1))
+    batch = train.augment(Images(pixels, torch.arange(20)), index, flip, 0, h, train.random_stream(1))
     shifts = torch.randint(-4, 5, (2, 20, 1), generator=train.random_stream(1))[..., 0].T.tolist()
     assert len({tuple(s) for s in shifts}) > 10
     for ours, i, mirrored, (down, right) in zip(batch, index, flip, shifts, strict=True):
@@ -57,12 +57,34 @@ def test_augment_equals_pad_crop_flip() -> None:
         assert torch.equal(ours.permute(2, 0, 1).float(), expected)
 
 
+def test_augment_cuts_larger_and_smaller_squares() -> None:
+    h = Hyperparameters(crop=0, erase=0)
+    pixels = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    images, flip, draw = Images(pixels, torch.arange(2)), torch.zeros(2, dtype=torch.bool), train.random_stream(1)
+    batches = [train.augment(images, torch.arange(2), flip, 3, h, draw) for _ in range(60)]
+    padded = F.pad(pixels.permute(0, 3, 1, 2).float(), (3, 3, 3, 3), mode="reflect")
+    for batch in batches:
+        side = batch.shape[1]
+        expected = v2.functional.center_crop(padded, [side])
+        # Of an odd margin, center_crop and augment may leave the odd px on either side.
+        shifts = [expected, *(expected.roll((y, x), (2, 3)) for y in (-1, 0, 1) for x in (-1, 0, 1))]
+        ours = batch.permute(0, 3, 1, 2).float()
+        assert any(torch.equal(ours[..., 1:-1, 1:-1], e[..., 1:-1, 1:-1]) for e in shifts)
+    assert {batch.shape[1] for batch in batches} == set(range(29, 36))
+
+
+def test_zoom_ends_before_the_last_epochs_and_is_weaker_in_short_runs() -> None:
+    h = Hyperparameters(zoom=6, plain=0.1)
+    assert [train.largest_zoom(epoch, 30, h) for epoch in range(30)] == [6] * 27 + [0] * 3
+    assert [train.largest_zoom(epoch, 10, h) for epoch in range(10)] == [2] * 9 + [0]
+    assert [train.largest_zoom(epoch, 4, h) for epoch in range(4)] == [0] * 4
+
+
 def test_augment_erases_a_square() -> None:
     h = Hyperparameters(crop=0, erase=5)
     pixels = torch.zeros(50, 32, 32, 3, dtype=torch.uint8)
-    batch = train.augment(
-        Images(pixels, torch.zeros(50)), torch.arange(50), torch.zeros(50, dtype=torch.bool), h, train.random_stream(1)
-    )
+    images, flip = Images(pixels, torch.zeros(50)), torch.zeros(50, dtype=torch.bool)
+    batch = train.augment(images, torch.arange(50), flip, 0, h, train.random_stream(1))
     erased = batch[..., 0] != 0
     assert (erased.sum((1, 2)) == 25).all()
     assert (erased.any(1).sum(1) == 5).all() and (erased.any(2).sum(1) == 5).all()
@@ -76,7 +98,7 @@ def test_every_image_once_an_epoch_and_mirrored_in_turn() -> None:
     images, h = Images(pixels, torch.arange(50)), Hyperparameters(crop=0, erase=0, batch_size=8)
     sides = []
     for epoch in range(2):
-        batches = list(train.training_batches(images, h, seed=3, epoch=epoch, prepare=lambda p: p))
+        batches = list(train.training_batches(images, 0, h, seed=3, epoch=epoch, prepare=lambda p: p))
         assert len(batches) == train.batch_count(images, h) == 6
         labels = torch.cat([y for _, y in batches])
         assert sorted(labels.tolist()) == list(range(50)) and labels.tolist() != list(range(50))
