@@ -356,7 +356,15 @@ class TestSurroundings:
 
     def test_interrupt_prints_how_to_go_on(self, project: Path) -> None:
         command = [sys.executable, str(TINY), str(project), "--epochs", "500"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            # Tests that a shell runs in the background inherit from it that SIGINT is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         assert process.stdout.readline().startswith("resnet18, ")
         assert process.stdout.readline().startswith("Epoch 1, ")
         process.send_signal(signal.SIGINT)
