@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import http.client
 import io
+import math
 import os
 import pickle
 import platform
@@ -61,10 +62,12 @@ class Hyperparameters:
     warmup: float = 0.2  # the share of all steps in which the rate rises, linearly, before it falls, linearly, to 0
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
-    crop: int = 4  # px by which an image is shifted at most along each axis, reflected at the border
-    erase: int = 8  # px, the side of the square that is erased from each image
-    # px by which the square that is cut from the images of a batch is larger or smaller than they are, at most, before
-    # it is brought to the image size; a px less for every 5 epochs that a run has less than 30: short runs lack fit.
+    # The augmentation, in px, of runs of 30 epochs or more. Shorter runs lack fit, so there it is weaker in proportion:
+    # 10 epochs so, 3 at 32 and 7 at 64 px, reached 0.8782 on the validation images and 0.9068 on the augmented ones.
+    crop: int = 4  # by which an image is shifted at most along each axis, reflected at the border
+    erase: int = 8  # the side of the square that is erased from each image
+    # By which the square that is cut from the images of a batch is larger or smaller than they are, at most, before it
+    # is brought to the image size.
     zoom: int = 6
     # The share of the epochs, the last ones, without zoom. The last two of 30 without it: 0.8942 on the validation
     # images, and 0.8842 with it.
@@ -95,6 +98,14 @@ class Images(NamedTuple):
 
     pixels: Tensor
     labels: Tensor
+
+
+class Augmentation(NamedTuple):
+    """How far the images of an epoch are changed, in px: see Hyperparameters."""
+
+    crop: int
+    erase: int
+    zoom: int
 
 
 def download() -> None:
@@ -156,24 +167,28 @@ def random_stream(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
 
 
-def augment(
-    images: Images, index: Tensor, flip: Tensor, zoom: int, h: Hyperparameters, generator: torch.Generator
-) -> Tensor:
+def augmentation(epoch: int, epochs: int, h: Hyperparameters) -> Augmentation:
+    """Return the augmentation of `epoch`, counted from 0, of a run of `epochs`."""
+    zoom = h.zoom if epoch < int(epochs * (1 - h.plain)) else 0
+    return Augmentation(*(math.ceil(px * min(epochs, 30) / 30) for px in (h.crop, h.erase, zoom)))
+
+
+def augment(images: Images, index: Tensor, flip: Tensor, a: Augmentation, generator: torch.Generator) -> Tensor:
     """Return squares of the images at `index` (B,), shifted, mirrored where `flip` (B,), a square erased.
 
-    They are uint8 (B, S, S, 3), with S drawn once for all, from 32 - zoom to 32 + zoom px.
+    They are uint8 (B, S, S, 3), with S drawn once for all, from 32 - a.zoom to 32 + a.zoom px.
     """
     side, count = images.pixels.shape[1], len(index)
-    window = side + torch.randint(-zoom, zoom + 1, (), generator=generator).item() if zoom else side
+    window = side + torch.randint(-a.zoom, a.zoom + 1, (), generator=generator).item() if a.zoom else side
     place = torch.arange(window)
-    shift = (side - window) // 2 + torch.randint(-h.crop, h.crop + 1, (2, count, 1), generator=generator)
+    shift = (side - window) // 2 + torch.randint(-a.crop, a.crop + 1, (2, count, 1), generator=generator)
     shifted = (place + shift).abs()
     rows, columns = side - 1 - (side - 1 - shifted).abs()  # reflected at either border
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     # One gather picks, shifts and mirrors: each copy of the batch would cost as much again.
     pixels = images.pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-    corner = torch.randint(window - h.erase + 1, (2, count, 1), generator=generator)
-    rows, columns = (place >= corner) & (place < corner + h.erase)
+    corner = torch.randint(window - a.erase + 1, (2, count, 1), generator=generator)
+    rows, columns = (place >= corner) & (place < corner + a.erase)
     return pixels.masked_fill_((rows[:, :, None] & columns[:, None, :])[..., None], 120)  # about the mean pixel
 
 
@@ -199,12 +214,7 @@ def whiten(convolution: nn.Conv2d, x: Tensor) -> None:
 
 def image_size(epoch: int, epochs: int, h: Hyperparameters) -> int:
     """Return the size in px of the images of `epoch`, counted from 0."""
-    return h.image_sizes[epoch * len(h.image_sizes) // epochs]
-
-
-def largest_zoom(epoch: int, epochs: int, h: Hyperparameters) -> int:
-    """Return the largest zoom in px of `epoch`, counted from 0, of a run of `epochs`."""
-    return min(h.zoom, epochs // 5) if epoch < int(epochs * (1 - h.plain)) else 0
+    return h.image_sizes[(2 * epoch + 1) * len(h.image_sizes) // (2 * epochs)]  # where the epoch's middle lies
 
 
 def learning_rate(step: int, steps: int, h: Hyperparameters) -> float:
@@ -275,7 +285,7 @@ def batch_count(images: Images, h: Hyperparameters) -> int:
 
 
 def training_batches(
-    images: Images, zoom: int, h: Hyperparameters, seed: int, epoch: int, prepare: Callable[[Tensor], Tensor]
+    images: Images, a: Augmentation, h: Hyperparameters, seed: int, epoch: int, prepare: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and labels of one epoch, in an order and with an augmentation that seed and epoch decide."""
     # Mirrored in every other epoch, half of the images in the first, so each is seen both ways equally often (airbench,
@@ -284,7 +294,7 @@ def training_batches(
     generator = random_stream(seed, epoch)
     order = torch.randperm(len(images.labels), generator=generator)
     for index in order.tensor_split(batch_count(images, h)):
-        yield prepare(augment(images, index, flip[index], zoom, h, generator)), images.labels[index]
+        yield prepare(augment(images, index, flip[index], a, generator)), images.labels[index]
 
 
 def test_batches(
@@ -565,7 +575,7 @@ def train(
             size = image_size(epoch, epochs, h)
             rates = [learning_rate(epoch * count + step, epochs * count, h) for step in range(count)]
             prepare = partial(to_input, mean=mean, std=std, size=size)
-            batches = training_batches(training, largest_zoom(epoch, epochs, h), h, seed, epoch, prepare)
+            batches = training_batches(training, augmentation(epoch, epochs, h), h, seed, epoch, prepare)
             title = f"Epoch {epoch + 1}"
             loss, train_acc, _ = run_epoch(title, model, batches, count, h, optimizer, rates, average)
             accuracy, logits = test(size)

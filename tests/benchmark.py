@@ -84,7 +84,7 @@ def our_step(arch: str, size: int) -> Callable[[], object]:
     prepare = partial(train.to_input, mean=mean, std=std, size=size)
 
     def step() -> None:
-        batches = train.training_batches(images, h.zoom, h, 0, 0, prepare)
+        batches = train.training_batches(images, train.augmentation(0, 30, h), h, 0, 0, prepare)
         train.run_epoch("", model, batches, STEP_BATCHES, h, optimizer, [1e-6] * STEP_BATCHES, average)
 
     return step
@@ -133,11 +133,12 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     images = random_images(50_000)
     index, flip = torch.randperm(50_000)[:BATCH], torch.rand(BATCH) < 0.5
-    draw, one, h = train.random_stream(0), torch.ones(3), train.Hyperparameters()
+    draw, one = train.random_stream(0), torch.ones(3)
+    a = train.augmentation(0, 30, train.Hyperparameters())
     for arch, size in [("resnet18", 32), ("resnet18", 48), ("resnet18", 64), ("resnet34", 32), ("resnet50", 32)]:
 
         def pipeline(size: int = size) -> None:
-            train.to_input(train.augment(images, index, flip, h.zoom, h, draw), one, one, size)
+            train.to_input(train.augment(images, index, flip, a, draw), one, one, size)
 
         timers = partial(timed, our_step(arch, size)), partial(stock, arch, size, BATCH), partial(timed, pipeline)
         ours, theirs, feeding = medians(*timers)

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
 import train
-from train import Hyperparameters, Images
+from train import Augmentation, Hyperparameters, Images
 
 FAST = Hyperparameters(image_sizes=(32, 40), batch_size=16)
 
@@ -43,11 +43,10 @@ def assert_equal(a: object, b: object) -> None:
 
 
 def test_augment_equals_pad_crop_flip() -> None:
-    h = Hyperparameters(crop=4, erase=0)
     pixels = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8)
     flip = torch.arange(20) % 2 == 0
     index = torch.randperm(20)
-    batch = train.augment(Images(pixels, torch.arange(20)), index, flip, 0, h, train.random_stream(1))
+    batch = train.augment(Images(pixels, torch.arange(20)), index, flip, Augmentation(4, 0, 0), train.random_stream(1))
     shifts = torch.randint(-4, 5, (2, 20, 1), generator=train.random_stream(1))[..., 0].T.tolist()
     assert len({tuple(s) for s in shifts}) > 10
     for ours, i, mirrored, (down, right) in zip(batch, index, flip, shifts, strict=True):
@@ -58,10 +57,10 @@ def test_augment_equals_pad_crop_flip() -> None:
 
 
 def test_augment_cuts_larger_and_smaller_squares() -> None:
-    h = Hyperparameters(crop=0, erase=0)
+    a = Augmentation(crop=0, erase=0, zoom=3)
     pixels = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
     images, flip, draw = Images(pixels, torch.arange(2)), torch.zeros(2, dtype=torch.bool), train.random_stream(1)
-    batches = [train.augment(images, torch.arange(2), flip, 3, h, draw) for _ in range(60)]
+    batches = [train.augment(images, torch.arange(2), flip, a, draw) for _ in range(60)]
     padded = F.pad(pixels.permute(0, 3, 1, 2).float(), (3, 3, 3, 3), mode="reflect")
     for batch in batches:
         side = batch.shape[1]
@@ -73,18 +72,17 @@ def test_augment_cuts_larger_and_smaller_squares() -> None:
     assert {batch.shape[1] for batch in batches} == set(range(29, 36))
 
 
-def test_zoom_ends_before_the_last_epochs_and_is_weaker_in_short_runs() -> None:
-    h = Hyperparameters(zoom=6, plain=0.1)
-    assert [train.largest_zoom(epoch, 30, h) for epoch in range(30)] == [6] * 27 + [0] * 3
-    assert [train.largest_zoom(epoch, 10, h) for epoch in range(10)] == [2] * 9 + [0]
-    assert [train.largest_zoom(epoch, 4, h) for epoch in range(4)] == [0] * 4
+def test_augmentation_is_weaker_in_short_runs_and_the_zoom_ends_before_the_last_epochs() -> None:
+    h = Hyperparameters(crop=4, erase=8, zoom=6, plain=0.1)
+    assert [train.augmentation(epoch, 30, h) for epoch in range(30)] == [(4, 8, 6)] * 27 + [(4, 8, 0)] * 3
+    assert [train.augmentation(epoch, 10, h) for epoch in range(10)] == [(2, 3, 2)] * 9 + [(2, 3, 0)]
+    assert [train.augmentation(epoch, 60, h) for epoch in (0, 59)] == [(4, 8, 6), (4, 8, 0)]
 
 
 def test_augment_erases_a_square() -> None:
-    h = Hyperparameters(crop=0, erase=5)
     pixels = torch.zeros(50, 32, 32, 3, dtype=torch.uint8)
     images, flip = Images(pixels, torch.zeros(50)), torch.zeros(50, dtype=torch.bool)
-    batch = train.augment(images, torch.arange(50), flip, 0, h, train.random_stream(1))
+    batch = train.augment(images, torch.arange(50), flip, Augmentation(0, 5, 0), train.random_stream(1))
     erased = batch[..., 0] != 0
     assert (erased.sum((1, 2)) == 25).all()
     assert (erased.any(1).sum(1) == 5).all() and (erased.any(2).sum(1) == 5).all()
@@ -95,10 +93,12 @@ def test_augment_erases_a_square() -> None:
 def test_every_image_once_an_epoch_and_mirrored_in_turn() -> None:
     pixels = torch.zeros(50, 32, 32, 3, dtype=torch.uint8)
     pixels[:, :, :16] = 200  # the left half is bright
-    images, h = Images(pixels, torch.arange(50)), Hyperparameters(crop=0, erase=0, batch_size=8)
+    images, h = Images(pixels, torch.arange(50)), Hyperparameters(batch_size=8)
     sides = []
     for epoch in range(2):
-        batches = list(train.training_batches(images, 0, h, seed=3, epoch=epoch, prepare=lambda p: p))
+        batches = list(
+            train.training_batches(images, Augmentation(0, 0, 0), h, seed=3, epoch=epoch, prepare=lambda p: p)
+        )
         assert len(batches) == train.batch_count(images, h) == 6
         labels = torch.cat([y for _, y in batches])
         assert sorted(labels.tolist()) == list(range(50)) and labels.tolist() != list(range(50))
@@ -190,7 +190,8 @@ def test_accumulated_batches_make_one_step() -> None:
 def test_image_sizes_share_the_epochs() -> None:
     h = Hyperparameters(image_sizes=(32, 48, 64))
     assert [train.image_size(e, 6, h) for e in range(6)] == [32, 32, 48, 48, 64, 64]
-    assert [train.image_size(e, 1, h) for e in range(1)] == [32]
+    assert [train.image_size(e, 4, h) for e in range(4)] == [32, 48, 48, 64]
+    assert train.image_size(0, 1, h) == 48
 
 
 def test_validation_split_is_balanced_and_leaves_the_test_images_alone(
