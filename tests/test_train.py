@@ -96,13 +96,14 @@ def test_every_image_once_an_epoch_and_mirrored_in_turn() -> None:
     images, h = Images(pixels, torch.arange(50)), Hyperparameters(batch_size=8)
     sides = []
     for epoch in range(2):
-        batches = list(
-            train.training_batches(images, Augmentation(0, 0, 0), h, seed=3, epoch=epoch, prepare=lambda p: p)
-        )
-        assert len(batches) == train.batch_count(images, h) == 6
-        labels = torch.cat([y for _, y in batches])
+        order, weights = train.choose_images(torch.zeros(50), h, seed=3, epoch=epoch)  # no loss is known yet
+        a = Augmentation(0, 0, 0)
+        batches = list(train.training_batches(images, order, weights, a, h, seed=3, epoch=epoch, prepare=lambda p: p))
+        assert len(batches) == train.batch_count(50, h) == 6
+        labels = torch.cat([y for _, y, _ in batches])
         assert sorted(labels.tolist()) == list(range(50)) and labels.tolist() != list(range(50))
-        left = torch.cat([x for x, _ in batches])[:, 0, 0, 0] == 200
+        assert torch.equal(torch.cat([w for _, _, w in batches]), torch.ones(50))
+        left = torch.cat([x for x, _, _ in batches])[:, 0, 0, 0] == 200
         sides.append(left[labels.argsort()])
     assert torch.equal(sides[0], ~sides[1])
     assert 10 < sides[0].sum() < 40
@@ -180,11 +181,72 @@ def test_accumulated_batches_make_one_step() -> None:
     for size, accumulation in ((10, 1), (5, 2), (4, 3)):
         model, h = copy.deepcopy(whole), Hyperparameters(batch_size=size, accumulation=accumulation)
         optimizer, average = train.optimizer_and_average(model, h)
-        batches = zip(x.split(size), labels.split(size), strict=True)
+        batches = zip(x.split(size), labels.split(size), torch.ones(20).split(size), strict=True)
         train.run_epoch("", model, batches, 20 // size, h, optimizer, [0.1] * (20 // size), average)
         assert average.n_averaged == 2  # the last step of (4, 3) is one of two batches
         averages.append(average.module.state_dict())
     torch.testing.assert_close(averages[0], averages[1])
+
+
+def test_easy_images_are_left_out_and_the_gradient_stays_the_same_in_the_mean() -> None:
+    h, losses = Hyperparameters(skip=0.6), torch.rand(1000)
+    easy, sums, shares = losses < losses.mean(), torch.zeros(1000), []
+    for epoch in range(300):
+        order, weights = train.choose_images(losses, h, 0, epoch)
+        assert len(order.unique()) == len(order) == len(weights)
+        assert (weights[~easy[order]] == 1).all() and (~easy[order]).sum() == (~easy).sum()
+        torch.testing.assert_close(weights[easy[order]], torch.full((int(easy[order].sum()),), 2.5))
+        sums.index_add_(0, order, weights)
+        shares.append(easy[order].sum() / easy.sum())
+    assert abs(torch.stack(shares).mean() - 0.4) < 0.01
+    mean = sums / 300
+    assert (mean[easy] - 1).abs().max() < 0.4  # its standard deviation is 0.07
+    assert abs(mean[easy].mean() - 1) < 0.02
+    assert torch.equal(train.choose_images(losses, h, 0, 7)[0], train.choose_images(losses, h, 0, 7)[0])
+    assert len(train.choose_images(losses, Hyperparameters(skip=0.0), 0, 7)[0]) == 1000
+
+
+def test_an_image_of_weight_two_counts_as_two() -> None:
+    x, labels, linear = torch.randn(4, 6), torch.randint(3, (4,)), nn.Linear(6, 3)
+    h, results = Hyperparameters(accumulation=1), []
+    for index, weights, lr in (
+        (torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 2.0, 1.0, 2.0]), 0.1),
+        (torch.tensor([0, 1, 1, 2, 3, 3]), torch.ones(6), 0.15),  # the loss of a step is a mean over four or six
+    ):
+        model = copy.deepcopy(linear)
+        optimizer, average = train.optimizer_and_average(model, h)
+        batches = [(x[index], labels[index], weights)]
+        loss, accuracy, _ = train.run_epoch("", model, batches, 1, h, optimizer, [lr], average)
+        results.append((loss, accuracy, model.state_dict()))
+    torch.testing.assert_close(*results)
+
+
+def test_the_losses_that_choose_the_images_are_those_of_the_epoch(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, run, chosen, seen = train.choose_images, train.run_epoch, [], []
+
+    def record_choice(losses: torch.Tensor, *rest: object) -> tuple:
+        chosen.append((losses.clone(), choose(losses, *rest)))
+        return chosen[-1][1]
+
+    def record_losses(
+        title: str, model: nn.Module, batches: object, count: int, h: Hyperparameters, *rest: object
+    ) -> tuple:
+        result = run(title, model, batches, count, h, *rest)
+        if rest:
+            order = chosen[-1][1][0]
+            targets = F.one_hot(train.load_data(False)[0].labels[order], 10) * 0.9 + 0.01
+            seen.append((order, -(targets * result[2].log_softmax(1)).sum(1)))
+        return result
+
+    monkeypatch.setattr(train, "choose_images", record_choice)
+    monkeypatch.setattr(train, "run_epoch", record_losses)
+    history = train.train("resnet18", 3, h=FAST)
+    expected = torch.zeros(100)
+    for row, (losses, (order, _)), (_, now) in zip(history, chosen, seen, strict=True):
+        torch.testing.assert_close(losses, expected)
+        expected[order] = now
+        assert row["images"] == len(order)
+    assert [row["images"] for row in history][0] == 100 > history[1]["images"]
 
 
 def test_image_sizes_share_the_epochs() -> None:
