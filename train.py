@@ -27,6 +27,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -62,15 +63,16 @@ class Hyperparameters:
     warmup: float = 0.2  # the share of all steps in which the rate rises, linearly, before it falls, linearly, to 0
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
+    # The epochs from which on skip, crop, erase and zoom act in full. Shorter runs lack fit: they are weaker there, in
+    # proportion.
+    full_strength: int = 30
     # The probability with which an epoch leaves out an image that the network finds easy: see choose_images(). The time
     # goes into larger images: 10 epochs took 0.74 of it, and reached 0.8732 on the validation images, 0.8782 without.
     skip: float = 0.5
-    # The augmentation, in px, of runs of 30 epochs or more. Shorter runs lack fit, so there it is weaker in proportion:
-    # 10 epochs so, 3 at 32 and 7 at 64 px, reached 0.8782 on the validation images and 0.9068 on the augmented ones.
-    crop: int = 3  # by which an image is shifted at most along each axis, reflected at the border
-    erase: int = 5  # the side of the square that is erased from each image
-    # By which the square that is cut from the images of a batch is larger or smaller than they are, at most, before it
-    # is brought to the image size.
+    crop: int = 3  # px by which an image is shifted at most along each axis, reflected at the border
+    erase: int = 5  # px, the side of the square that is erased from each image
+    # px by which the square that is cut from the images of a batch is larger or smaller than they are, at most, before
+    # it is brought to the image size.
     zoom: int = 4
     # The share of the epochs, the last ones, without zoom. The last two of 30 without it: 0.8942 on the validation
     # images, and 0.8842 with it.
@@ -170,10 +172,15 @@ def random_stream(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
 
 
+def strength(epochs: int, h: Hyperparameters) -> Fraction:
+    """Return how much of what holds a run of `epochs` back from fitting the training images acts in it, at most 1."""
+    return Fraction(min(epochs, h.full_strength), h.full_strength)  # no float: the px are rounded up
+
+
 def augmentation(epoch: int, epochs: int, h: Hyperparameters) -> Augmentation:
     """Return the augmentation of `epoch`, counted from 0, of a run of `epochs`."""
     zoom = h.zoom if epoch < int(epochs * (1 - h.plain)) else 0
-    return Augmentation(*(math.ceil(px * min(epochs, 30) / 30) for px in (h.crop, h.erase, zoom)))
+    return Augmentation(*(math.ceil(px * strength(epochs, h)) for px in (h.crop, h.erase, zoom)))
 
 
 def augment(images: Images, index: Tensor, flip: Tensor, a: Augmentation, generator: torch.Generator) -> Tensor:
@@ -282,17 +289,18 @@ def optimizer_and_average(model: nn.Module, h: Hyperparameters) -> tuple[torch.o
     return Muon(model.parameters(), h.peak_lr, h.momentum), average
 
 
-def choose_images(losses: Tensor, h: Hyperparameters, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+def choose_images(losses: Tensor, skip: float, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
     """Return the images (K,) of an epoch, in the order of their turn, and the weights of their losses, float32 (K,).
 
-    An image is easy whose loss when it was last seen, of `losses` (N,), is below the mean. The easy ones that are not
-    left out weigh the more, so that the gradient of the epoch stays the same in the mean (InfoBatch, arXiv:2303.04947).
+    An image is easy whose loss when it was last seen, of `losses` (N,), is below the mean. Of these, each is left out
+    with probability `skip` and else weighs 1 / (1 - skip), so that the gradient of the epoch stays the same in the mean
+    (InfoBatch, arXiv:2303.04947).
     """
     generator = random_stream(seed, epoch)
     order = torch.randperm(len(losses), generator=generator)
     easy = losses[order] < losses.mean()
-    chosen = ~easy | (torch.rand(len(order), generator=generator) >= h.skip)
-    weights = torch.where(easy, 1 / (1 - h.skip), 1.0)
+    chosen = ~easy | (torch.rand(len(order), generator=generator) >= skip)
+    weights = torch.where(easy, 1 / (1 - skip), 1.0)
     return order[chosen], weights[chosen]
 
 
@@ -601,7 +609,7 @@ def train(
         for epoch in range(len(history), epochs):
             start = time.perf_counter()
             size = image_size(epoch, epochs, h)
-            order, weights = choose_images(losses, h, seed, epoch)
+            order, weights = choose_images(losses, float(h.skip * strength(epochs, h)), seed, epoch)
             count = batch_count(len(order), h)
             rates = [learning_rate(epoch * count + step, epochs * count, h) for step in range(count)]
             prepare = partial(to_input, mean=mean, std=std, size=size)

@@ -82,7 +82,7 @@ def our_step(arch: str, size: int) -> Callable[[], object]:
     model = ResNet(*LAYER_TABLE[arch]).to(memory_format=torch.channels_last)
     optimizer, average = train.optimizer_and_average(model, h)
     prepare = partial(train.to_input, mean=mean, std=std, size=size)
-    order, weights = train.choose_images(torch.zeros(len(images.labels)), h, 0, 0)
+    order, weights = train.choose_images(torch.zeros(len(images.labels)), 0.0, 0, 0)
 
     def step() -> None:
         batches = train.training_batches(images, order, weights, train.augmentation(0, 30, h), h, 0, 0, prepare)

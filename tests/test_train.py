@@ -96,7 +96,7 @@ def test_every_image_once_an_epoch_and_mirrored_in_turn() -> None:
     images, h = Images(pixels, torch.arange(50)), Hyperparameters(batch_size=8)
     sides = []
     for epoch in range(2):
-        order, weights = train.choose_images(torch.zeros(50), h, seed=3, epoch=epoch)  # no loss is known yet
+        order, weights = train.choose_images(torch.zeros(50), 0.5, seed=3, epoch=epoch)  # no loss is known yet
         a = Augmentation(0, 0, 0)
         batches = list(train.training_batches(images, order, weights, a, h, seed=3, epoch=epoch, prepare=lambda p: p))
         assert len(batches) == train.batch_count(50, h) == 6
@@ -189,10 +189,10 @@ def test_accumulated_batches_make_one_step() -> None:
 
 
 def test_easy_images_are_left_out_and_the_gradient_stays_the_same_in_the_mean() -> None:
-    h, losses = Hyperparameters(skip=0.6), torch.rand(1000)
+    losses = torch.rand(1000)
     easy, sums, shares = losses < losses.mean(), torch.zeros(1000), []
     for epoch in range(300):
-        order, weights = train.choose_images(losses, h, 0, epoch)
+        order, weights = train.choose_images(losses, 0.6, 0, epoch)
         assert len(order.unique()) == len(order) == len(weights)
         assert (weights[~easy[order]] == 1).all() and (~easy[order]).sum() == (~easy).sum()
         torch.testing.assert_close(weights[easy[order]], torch.full((int(easy[order].sum()),), 2.5))
@@ -202,8 +202,8 @@ def test_easy_images_are_left_out_and_the_gradient_stays_the_same_in_the_mean() 
     mean = sums / 300
     assert (mean[easy] - 1).abs().max() < 0.4  # its standard deviation is 0.07
     assert abs(mean[easy].mean() - 1) < 0.02
-    assert torch.equal(train.choose_images(losses, h, 0, 7)[0], train.choose_images(losses, h, 0, 7)[0])
-    assert len(train.choose_images(losses, Hyperparameters(skip=0.0), 0, 7)[0]) == 1000
+    assert torch.equal(train.choose_images(losses, 0.6, 0, 7)[0], train.choose_images(losses, 0.6, 0, 7)[0])
+    assert len(train.choose_images(losses, 0.0, 0, 7)[0]) == 1000
 
 
 def test_an_image_of_weight_two_counts_as_two() -> None:
