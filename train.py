@@ -346,22 +346,23 @@ def run_epoch(
     optimizer: torch.optim.Optimizer | None = None,
     rates: Sequence[float] = (),
     average: AveragedModel | None = None,
-) -> tuple[float, float, Tensor]:
+) -> tuple[float, float, Tensor, Tensor]:
     """Train on `count` batches with a learning rate each, keeping the average; without an optimizer, only test.
 
-    Returns the mean loss and the accuracy in 0..1, both weighted as the batches say, and the logits, float32
-    (N, classes), in the order of the batches.
+    Returns the mean loss and the accuracy in 0..1, both weighted as the batches say, and in the order of the
+    batches the logits, float32 (N, classes), and the losses, not weighted, float32 (N,).
     Raises RunError as soon as a loss is not finite.
     """
     training = optimizer is not None
     model.train(training)
-    total_loss, hits, total_weight, all_logits = 0.0, 0.0, 0.0, []
+    total_loss, hits, total_weight, all_logits, all_losses = 0.0, 0.0, 0.0, [], []
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
     with torch.set_grad_enabled(training), tqdm(batches, title, count, leave=False, disable=not on_terminal) as bar:
         for step, (x, labels, weights) in enumerate(bar):
             logits = model(x)
             smoothing = h.label_smoothing if training else 0.0
-            loss = (F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing) * weights).mean()
+            losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+            loss = (losses * weights).mean()
             if not loss.isfinite():
                 at = f", step {step + 1} of {count}, learning rate {rates[step]:.3g}" if training else ""
                 raise RunError(f"{title}{at}: the loss is {loss.item()}. Lower peak_lr in Hyperparameters.")
@@ -377,8 +378,9 @@ def run_epoch(
             hits += ((logits.argmax(1) == labels) * weights).sum().item()
             total_weight += weights.sum().item()
             all_logits.append(logits.detach())
+            all_losses.append(losses.detach())
             bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
-    return total_loss / total_weight, hits / total_weight, torch.cat(all_logits)
+    return total_loss / total_weight, hits / total_weight, torch.cat(all_logits), torch.cat(all_losses)
 
 
 def find_runs(arch: str) -> dict[int, Path]:
@@ -594,7 +596,7 @@ def train(
 
     def test(size: int) -> tuple[float, Tensor]:
         batches = test_batches(reported, h, partial(to_input, mean=mean, std=std, size=size))
-        _, accuracy, logits = run_epoch("Test", average, batches, batch_count(len(reported.labels), h), h)
+        _, accuracy, logits, _ = run_epoch("Test", average, batches, batch_count(len(reported.labels), h), h)
         return accuracy, logits
 
     path = resume or new_run(arch)
@@ -616,10 +618,7 @@ def train(
             a = augmentation(epoch, epochs, h)
             batches = training_batches(training, order, weights, a, h, seed, epoch, prepare)
             title = f"Epoch {epoch + 1}"
-            loss, train_acc, seen = run_epoch(title, model, batches, count, h, optimizer, rates, average)
-            losses[order] = F.cross_entropy(
-                seen, training.labels[order], reduction="none", label_smoothing=h.label_smoothing
-            )
+            loss, train_acc, _, losses[order] = run_epoch(title, model, batches, count, h, optimizer, rates, average)
             accuracy, logits = test(size)
             seconds = time.perf_counter() - start
             history.append(

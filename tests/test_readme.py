@@ -67,7 +67,7 @@ def test_prediction_equals_the_evaluation(trained: Path, capsys: pytest.CaptureF
     net = ResNet18()
     net.load_state_dict(checkpoint["model"])
     batches = train.test_batches(images, train.Hyperparameters(), lambda p: train.to_input(p, mean, std, 48))
-    _, accuracy, logits = train.run_epoch("Test", net, batches, 1, train.Hyperparameters())
+    _, accuracy, logits, _ = train.run_epoch("Test", net, batches, 1, train.Hyperparameters())
     assert accuracy == checkpoint["history"][-1]["test_acc"]
     for i in (0, 7, 33):
         to_pil_image(images.pixels[i].permute(2, 0, 1)).save("picture.png")
