@@ -207,7 +207,8 @@ def test_easy_images_are_left_out_and_the_gradient_stays_the_same_in_the_mean() 
 
 
 def test_an_image_of_weight_two_counts_as_two() -> None:
-    x, labels, linear = torch.randn(4, 6), torch.randint(3, (4,)), nn.Linear(6, 3)
+    # In float64: the losses are compared as Python's floats, more closely than float32 adds.
+    x, labels, linear = torch.randn(4, 6).double(), torch.randint(3, (4,)), nn.Linear(6, 3).double()
     h, results = Hyperparameters(accumulation=1), []
     for index, weights, lr in (
         (torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 2.0, 1.0, 2.0]), 0.1),
