@@ -21,7 +21,7 @@ LARGEST_TAP_MAP = {"AVX2": 4, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capabi
 # Where 3x3 convolutions by fewer multiplications were measured to be faster than the above, forward and backward
 # together, at 128 images. AVX2: 1.0 to 1.4 times with 64 channels, 1.25 times and more from 128 on, where moving the
 # data for the transforms costs less beside the products. AVX-512: a step of ResNet-18 1.20, 1.24 and 1.20 times at 32,
-# 64 and 96 px; with maps of 16 and 24 as well 1.18, 1.15 and 1.15. Other instruction sets were not measured.
+# 64 and 96 px, but 1.15 at 64 and 96 px if maps of 16 and 24 take part. Other instruction sets were not measured.
 WINOGRAD_CHANNELS = 64
 WINOGRAD_BATCH = 64  # images; of 32, some layers were slower
 LARGEST_WINOGRAD_MAP = {"AVX2": 24, "AVX512": 12}.get(torch.backends.cpu.get_cpu_capability(), 0)
