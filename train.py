@@ -636,7 +636,7 @@ def train(
             )
             save(snapshot(), path)
             write_history(history, path.with_suffix(".csv"))
-            # 1.6: at 64 and 96 px an epoch took 2.95 and 6.2 to 6.5 times as long as at 32.
+            # 1.6: at 64 and 96 px an epoch took 2.5 to 3.0 and 5.0 to 6.5 times as long as at 32, by machine and hour.
             left = sum((image_size(e, epochs, h) / size) ** 1.6 for e in range(epoch + 1, epochs)) * seconds
             print(
                 f"{title}, {split} acc: {accuracy:.4f}, train loss: {loss:.4f}, {size} px, {seconds:.0f} s, "
