@@ -4,7 +4,7 @@
 
 Times are medians of runs in turn, ours, theirs, ours, ..., so that a machine whose speed drifts still gives a fair
 ratio. "Share of the ceiling" is the arithmetic of forward and backward pass, padding counted (torch's FLOP counter),
-over the time and the rate of a large matrix product; it can exceed 100 %, as Winograd's products need fewer
+over the time and the rate of a large matrix product; it can exceed 100 %, as the fast convolutions need fewer
 multiplications and the library skips some of the padding.
 """
 
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from model import LAYER_TABLE, Conv2d, ResNet
+from model import LAYER_TABLE, Conv3x3, ResNet
 
 BATCH = 256
 LAYER_BATCH = train.Hyperparameters.batch_size
@@ -153,7 +153,7 @@ def main() -> None:
     print("\n| 3x3 layer, forward and both gradients | ours, ms | library, ms | ratio |\n| --- | --- | --- | --- |")
     for inputs, outputs, stride, side in LAYERS:
         x = torch.randn(LAYER_BATCH, inputs, side * stride, side * stride).to(memory_format=torch.channels_last)
-        convs = (layer(inputs, outputs, 3, stride, padding=1, bias=False) for layer in (Conv2d, nn.Conv2d))
+        convs = Conv3x3(inputs, outputs, stride), nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         steps = (layer_step(conv.to(memory_format=torch.channels_last), x) for conv in convs)
         ours, theirs = medians(*(partial(timed, step) for step in steps))
         rates = f"{ours * 1e3:.1f} | {theirs * 1e3:.1f} | {theirs / ours:.2f}"

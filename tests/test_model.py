@@ -1,29 +1,34 @@
-"""The networks against torchvision's, the paper's table and torch.autograd."""
+"""The networks against torchvision's, the paper's table and the library's convolution in float64."""
 
 import copy
-import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models._utils import IntermediateLayerGetter
 
 import model
-from model import LAYER_TABLE, Conv2d, ResBlk, ResNet, ResNet18, ResNet34, ResNet50, TapConvolution, winograd_matrices
+from model import LAYER_TABLE, Conv1x1, Conv3x3, ResBlk, ResNet, ResNet18, ResNet34, ResNet50, matrices
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
+def is_librarys(out: Tensor) -> bool:
+    return "Convolution" in out.grad_fn.name()
+
+
 @pytest.fixture
-def always_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lift the bounds that say where Winograd's convolution pays."""
-    for name, value in {"WINOGRAD_CHANNELS": 1, "WINOGRAD_BATCH": 1, "LARGEST_WINOGRAD_MAP": 24}.items():
-        monkeypatch.setattr(model, name, value)
+def always_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lift the bounds that say where the fast convolutions pay."""
+    monkeypatch.setattr(model, "LARGEST_MAP", dict.fromkeys([(1, 1), (1, 2), (3, 1), (3, 2)], 24))
+    monkeypatch.setattr(model, "SMALLEST_BATCH", 1)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +43,8 @@ def always_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_size_is_the_papers(arch: str, parameters: int, multiply_adds: float) -> None:
     with torch.device("meta"):
-        net = ResNet(*LAYER_TABLE[arch], num_classes=1000)
+        net = getattr(model, arch.replace("resnet", "ResNet"))(num_classes=1000)
+        assert str(net) == str(ResNet(*LAYER_TABLE[arch], num_classes=1000))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(torch.empty(1, 3, 224, 224))
     assert sum(p.numel() for p in net.parameters()) == parameters
@@ -47,12 +53,14 @@ def test_size_is_the_papers(arch: str, parameters: int, multiply_adds: float) ->
 
 @pytest.mark.parametrize(("ours", "theirs"), [(ResNet18, "resnet18"), (ResNet34, "resnet34")])
 @pytest.mark.parametrize("size", [32, 48, 64])
-def test_equals_torchvision(ours: type[ResNet], theirs: str, size: int, always_winograd: None) -> None:
+def test_equals_torchvision(ours: Callable[[], ResNet], theirs: str, size: int, always_fast: None) -> None:
     torch.manual_seed(0)
     reference = torchvision.models.get_model(theirs, num_classes=10)
     net = ours()
     assert list(net.state_dict()) == list(reference.state_dict())
-    assert [name for name, _ in net.named_modules()] == [name for name, _ in reference.named_modules()]
+    modules = [name for name, module in net.named_modules() if not isinstance(module, nn.Identity)]
+    assert modules == [name for name, _ in reference.named_modules()]
+    reference.load_state_dict(net.state_dict())
     net.load_state_dict(reference.state_dict())
     net = net.to(memory_format=torch.channels_last)
     x, labels = torch.randn(8, 3, size, size), torch.arange(8)
@@ -63,7 +71,7 @@ def test_equals_torchvision(ours: type[ResNet], theirs: str, size: int, always_w
         torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (net, reference, *twins)
     )
     assert relative_error(double, reference_double) < 1e-9
-    # In float32, where taps and Winograd are at work, rounding alone turns a ReLU on or off here and there.
+    # In float32, where the fast convolutions are at work, rounding alone turns a ReLU on or off here and there.
     assert relative_error(single, reference_single) < 0.02
     net.eval(), reference.eval()
     with torch.no_grad():
@@ -85,6 +93,27 @@ def test_feature_maps_equal_torchvisions() -> None:
         assert relative_error(ours[name], theirs[name]) < 1e-5
 
 
+def test_trace_export_and_func_work_in_eval_mode(always_fast: None) -> None:
+    torch.manual_seed(0)
+    net = ResNet18().eval()
+    reference = torchvision.models.resnet18(num_classes=10).eval()
+    reference.load_state_dict(net.state_dict())
+    x, other, labels = torch.randn(2, 3, 32, 32), torch.randn(3, 3, 48, 32), torch.arange(3)
+    assert relative_error(torch.jit.trace(net, x)(other), reference(other)) < 1e-5
+    dynamic = {"x": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(net, (torch.randn(2, 3, 48, 32),), dynamic_shapes=dynamic)
+    assert relative_error(exported.module()(other), reference(other)) < 1e-5
+
+    def gradients(module: nn.Module) -> Tensor:
+        def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+            return F.cross_entropy(functional_call(module, parameters, image[None]), label[None])
+
+        per_image = vmap(grad(loss), in_dims=(None, 0, 0))(dict(module.named_parameters()), other, labels)
+        return torch.cat([g.flatten() for g in per_image.values()])
+
+    assert relative_error(gradients(net), gradients(reference)) < 1e-3
+
+
 def test_constructors() -> None:
     nets = [ResNet18(), ResNet18(ResBlk, [2, 2, 2, 2], 10), ResNet(ResBlk, [2, 2, 2, 2])]
     assert len({str(net) for net in nets}) == 1
@@ -98,9 +127,9 @@ def test_bottleneck_has_its_stride_on_the_first_convolution() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (31, 33), (224, 224)])
-def test_any_image_size(size: tuple[int, int]) -> None:
-    with torch.no_grad():
-        assert ResNet18().eval()(torch.randn(2, 3, *size)).shape == (2, 10)
+@pytest.mark.parametrize("train", [False, True])
+def test_any_image_size(size: tuple[int, int], train: bool, always_fast: None) -> None:
+    assert ResNet18().train(train)(torch.randn(2, 3, *size)).shape == (2, 10)
 
 
 def test_he_initialisation() -> None:
@@ -114,126 +143,96 @@ def test_bottleneck_starts_as_its_shortcut() -> None:
     assert torch.equal(block(x), x)
 
 
-GRID = list(itertools.product([(1, 1), (2, 2), (1, 3), (4, 4), (3, 2)], [1, 2], [1, 3], [1, 2, 7], [False, True]))
+STRIDE_1 = [(Conv3x3, 1, size) for size in (1, 2, 3, 4, 6, 8, 9, 12, 24)]
+CASES = [
+    *STRIDE_1,
+    *[(Conv3x3, 2, size) for size in (1, 2, 3, 4, 7)],
+    (Conv1x1, 1, 3),
+    (Conv1x1, 2, 4),
+    (Conv1x1, 2, 5),
+]
 
 
-@pytest.mark.parametrize(("size", "stride", "kernel", "batch", "last"), GRID)
-def test_tap_gradients_equal_autograds(
-    size: tuple[int, int], stride: int, kernel: int, batch: int, last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model, "LARGEST_TAP_MAP", 4)
-    monkeypatch.setattr(model, "TAP_CHANNELS", 1)
-    size = (size[0] * stride, size[1] * stride)
-    assert_gradients_equal_autograds("TapConvolution", size, stride, kernel, batch, last, tolerance=1e-5)
-
-
-def assert_gradients_equal_autograds(
-    name: str, size: tuple[int, int], stride: int, kernel: int, batch: int, last: bool, tolerance: float
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("layer", "stride", "size"), CASES)
+def test_derivatives_equal_the_librarys(
+    layer: type[nn.Conv2d], stride: int, size: int, last: bool, always_fast: None
 ) -> None:
     torch.manual_seed(0)
     layout = torch.channels_last if last else torch.contiguous_format
-    conv = Conv2d(5, 6, kernel, stride, padding=kernel // 2, bias=False).to(memory_format=layout)
+    conv = layer(5, 6, stride).to(memory_format=layout)
+    kernel = conv.kernel_size[0]
     # In float64: torch 2.14.1's float32 weight gradient of a strided 1x1 convolution of 5 channels is wrong on AVX2.
     reference = nn.Conv2d(5, 6, kernel, stride, padding=kernel // 2, bias=False).to(torch.float64, memory_format=layout)
     reference.load_state_dict(conv.state_dict())
-    x = torch.randn(batch, 5, *size).to(memory_format=layout)
+    x = torch.randn(7, 5, size, size).to(memory_format=layout)
     results = []
     for module in (conv, reference):
         leaf = x.to(module.weight.dtype, copy=True).requires_grad_()
         out = module(leaf)
-        out.backward(torch.sin(torch.arange(out.numel()).to(out.dtype)).reshape(out.shape))
-        results.append((out.detach().double(), leaf.grad.double(), module.weight.grad.double()))
-        assert (name in out.grad_fn.name()) == (module is conv)
+        assert is_librarys(out) is (module is reference)
+        first = torch.autograd.grad(out.square().mean(), (leaf, module.weight), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (leaf, module.weight))
+        results.append((out, *first, *second))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("batch", [1, 7])
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 9, 12, 24])
-def test_winograd_gradients_equal_autograds(size: int, batch: int, last: bool, always_winograd: None) -> None:
-    assert_gradients_equal_autograds("WinogradConvolution", (size, size), 1, 3, batch, last, tolerance=5e-5)
+        assert ours.shape == theirs.shape
+        assert relative_error(ours.double(), theirs) < 1e-5
 
 
 @pytest.mark.parametrize(
-    ("size", "multiplications"), [(1, 1), (2, 3), (3, 5), (4, 6), (6, 10), (8, 12), (12, 18), (16, 24), (24, 36)]
+    ("size", "stride", "multiplications"),
+    [
+        (1, 1, 1),
+        (2, 1, 3),
+        (3, 1, 5),
+        (4, 1, 6),
+        (6, 1, 10),
+        (8, 1, 12),
+        (12, 1, 18),
+        (24, 1, 36),
+        (2, 2, 2),
+        (4, 2, 5),
+    ],
 )
-def test_winograd_multiplies_less(size: int, multiplications: int) -> None:
-    a, b, g = (matrix.double() for matrix in winograd_matrices(size))
+def test_fewer_multiplications(size: int, stride: int, multiplications: int) -> None:
+    a, b, g = (matrix.double() for matrix in matrices(size, stride))
     x, kernel = torch.randn(size, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     products = (g @ kernel).repeat(len(b) // len(g)) * (b @ x)
     assert len(products) == multiplications
-    expected = F.conv1d(x[None, None], kernel[None, None], padding=1)[0, 0]
+    expected = F.conv1d(x[None, None], kernel[None, None], stride=stride, padding=1)[0, 0]
     torch.testing.assert_close(a @ products, expected, rtol=1e-6, atol=1e-6)  # the matrices are float32
 
 
-def test_winograd_is_as_exact_as_the_docstring_says(always_winograd: None) -> None:
+@pytest.mark.parametrize(("size", "stride"), [(8, 1), (12, 1), (4, 2)])
+def test_exact_as_the_docstring_says(size: int, stride: int) -> None:
     torch.manual_seed(0)
-    conv = Conv2d(128, 128, 3, padding=1, bias=False)
-    x = torch.randn(32, 128, 8, 8, requires_grad=True)
-    doubles = [t.detach().double().requires_grad_() for t in (x, conv.weight)]
-    out, reference = conv(x), F.conv2d(*doubles, padding=1)
-    grad = torch.randn_like(out)
-    ours = out, *torch.autograd.grad(out, (x, conv.weight), grad)
-    theirs = reference, *torch.autograd.grad(reference, doubles, grad.double())
+    x, weight = torch.randn(32, 128, size, size, requires_grad=True), Conv3x3(128, 128).weight
+    doubles = [t.detach().double().requires_grad_() for t in (x, weight)]
+    out, reference = model.fast_conv3x3(x, weight, stride), F.conv2d(*doubles, stride=stride, padding=1)
+    seed = torch.randn_like(out)
+    ours = out, *torch.autograd.grad(out, (x, weight), seed)
+    theirs = reference, *torch.autograd.grad(reference, doubles, seed.double())
     assert max(relative_error(a.double(), b) for a, b in zip(ours, theirs, strict=True)) < 3e-6
 
 
-def test_tap_gradcheck() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: TapConvolution.apply(x, w, (2, 1), (1, 1)), (x, weight))
+@pytest.mark.parametrize(("kernel", "layer"), [(1, Conv1x1), (3, Conv3x3)])
+def test_fast_only_where_it_pays(kernel: int, layer: type[nn.Conv2d], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "LARGEST_MAP", {(kernel, 1): 8, (kernel, 2): 2})
 
+    def fast(images: int, height: int, width: int, stride: int = 1, dtype: torch.dtype = torch.float32) -> bool:
+        return not is_librarys(layer(4, 4, stride).to(dtype)(torch.zeros(images, 4, height, width, dtype=dtype)))
 
-@pytest.mark.parametrize(("stride", "name"), [(1, "Winograd"), (2, "Tap")])
-def test_second_derivative_raises(
-    stride: int, name: str, monkeypatch: pytest.MonkeyPatch, always_winograd: None
-) -> None:
-    monkeypatch.setattr(model, "LARGEST_TAP_MAP", 4)
-    monkeypatch.setattr(model, "TAP_CHANNELS", 1)
-    conv = Conv2d(2, 2, 3, stride, padding=1, bias=False)
-    x = torch.randn(1, 2, 2, 2, requires_grad=True)
-    assert name in conv(x).grad_fn.name()
-    (grad,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("options", "dtype", "size"),
-    [
-        ({"dilation": 2, "padding": 2}, torch.float32, 4),
-        ({"groups": 2, "padding": 1}, torch.float32, 4),
-        ({"bias": True, "padding": 1}, torch.float32, 4),
-        ({"padding": "same"}, torch.float32, 4),
-        ({"padding": 1, "padding_mode": "reflect"}, torch.float32, 4),
-        ({"padding": 1}, torch.float64, 4),
-        ({"padding": 1}, torch.float32, 5),
-        ({"padding": 1}, torch.float32, 28),
-    ],
-)
-def test_every_other_case_is_the_librarys(
-    options: dict, dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch, always_winograd: None
-) -> None:
-    monkeypatch.setattr(model, "LARGEST_TAP_MAP", 4)
-    monkeypatch.setattr(model, "TAP_CHANNELS", 1)
-    conv = Conv2d(2, 2, 3, **{"bias": False} | options).to(dtype)
-    name = conv(torch.randn(1, 2, size, size, dtype=dtype)).grad_fn.name()
-    assert "TapConvolution" not in name and "WinogradConvolution" not in name
-    conv.weight.requires_grad_(False)
-    assert conv(torch.randn(1, 2, 2, 2, dtype=dtype)).requires_grad is ("bias" in options)
-
-
-def test_winograd_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "LARGEST_WINOGRAD_MAP", 24)
-
-    def used(images: int, channels: int, height: int = 4, width: int = 4) -> bool:
-        conv = Conv2d(channels, channels, 3, padding=1, bias=False)
-        return "Winograd" in str(conv(torch.zeros(images, channels, height, width)).grad_fn)
-
-    images, channels = model.WINOGRAD_BATCH, model.WINOGRAD_CHANNELS
-    assert used(images, channels)
-    assert not used(images - 1, channels) and not used(images, channels - 1) and not used(images, channels, 4, 8)
+    images = model.SMALLEST_BATCH
+    assert fast(images, 4, 4) and fast(images, 8, 8) and fast(images, 4, 4, stride=2)
+    assert not fast(images - 1, 4, 4) and not fast(images, 9, 9) and not fast(images, 5, 5, stride=2)
+    assert not fast(images, 4, 8) and not fast(images, 4, 4, dtype=torch.float64)
+    assert fast(images, 5, 5) is (kernel == 1)  # 5 does not divide into tiles
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(4, 4)(torch.zeros(images, 4, 4, 4)).dtype == torch.bfloat16
+    conv, x = layer(4, 4), torch.randn(images, 4, 4, 4)
+    librarys = F.conv2d(x, conv.weight, padding=kernel // 2)
+    assert is_librarys(conv.eval()(x))
     with torch.no_grad():
-        assert not used(images, channels)
+        assert torch.equal(conv.train()(x), librarys)
+    monkeypatch.setattr(model, "LARGEST_MAP", {})  # as on an instruction set that was not measured
+    assert is_librarys(conv(x))
