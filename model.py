@@ -1,7 +1,7 @@
 """The residual networks of He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385.
 
 Parameter names and their order are torchvision's, so weights go both ways, and torchvision's detection and
-segmentation models take these networks as a backbone. Conv1x1 and Conv3x3, at the end, are faster nn.Conv2d.
+segmentation models take these networks as a backbone. Conv1x1 and Conv3x3, at the end, are nn.Conv2d made fast.
 """
 
 import functools
@@ -48,8 +48,7 @@ class BottleneckBlk(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_channels, out_channels, stride)
-        # Each block starts as its shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1), because the first epoch
-        # of ResNet-50 reached 0.22 so and 0.12 without. ResBlk has it not, because ResNet-18's sixth lost 0.01.
+        # Each block starts as its shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1); ResBlk was worse so.
         nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
