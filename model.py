@@ -216,7 +216,8 @@ def matrices(size: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         outputs = (size - 1) // stride + 1
         pairs = [(i, tap) for i in range(outputs) for tap in range(3) if 0 <= i * stride + tap - 1 < size]
         out, tap = torch.tensor(pairs).T
-        return torch.eye(outputs)[:, out], torch.eye(size)[out * stride + tap - 1], torch.eye(3)[tap]
+        selections = torch.eye(outputs)[:, out], torch.eye(size)[out * stride + tap - 1], torch.eye(3)[tap]
+        return tuple(matrix.float() for matrix in selections)  # whatever torch's default dtype is
     if size == 2:
         karatsuba = [[1, 1, 0], [1, 0, 1]], [[1, 1], [0, 1], [1, 0]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]]
         return tuple(torch.tensor(matrix).float() for matrix in karatsuba)
