@@ -156,7 +156,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
         return orthogonalise(matrix.T).T
     matrix = matrix / (matrix.norm() + 1e-7)
     # The steps are taken on X X^T (R, R), because that is a quarter of the operations for a matrix (512, 4608).
-    gram, identity = matrix @ matrix.T, torch.eye(matrix.shape[0])
+    gram, identity = matrix @ matrix.T, torch.eye(len(matrix), dtype=matrix.dtype)
     product = identity
     for _ in range(3):
         factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram

@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import torchvision
-from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 
 import train
@@ -34,23 +32,25 @@ def trained(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return small / "resnet18-001.pt"
 
 
-def test_every_block_is_tested() -> None:
-    assert len(BLOCKS) == 4
-    assert [c.split()[-2:] for c in COMMANDS] == [["--epochs", "30"], ["resnet18", "--resume"]]
-
-
 def test_commands(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert COMMANDS == ["--arch resnet18 --epochs 30", "--resume"]
     run, asked = train.train, []
 
-    def short(*, epochs: int, **options: object) -> list:
+    def short(*, epochs: int = 30, **options: object) -> list:
         asked.append(epochs)
         return run(epochs=2, **options)
 
     monkeypatch.setattr(train, "train", short)
-    first, second = (command.split() for command in COMMANDS)
-    assert train.main(first) == 0 and asked == [30]
-    assert train.main(second) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert train.main(COMMANDS[0].split()) == 0 and asked == [30]
+    printed = capsys.readouterr().out.splitlines()
+    # The README's printed lines have the form of ours, whatever the numbers.
+    example = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    forms = [{re.sub(r"[\d.,:]+", "0", line) for line in lines} for lines in (example, printed)]
+    assert len(forms[0] & forms[1]) >= 2 and "Epoch 1, test acc: " in "".join(example)
+    state = torch.load(small / "resnet18-001.pt", weights_only=True)
+    torch.save(state | {"epochs": 3}, small / "resnet18-001.pt")
+    assert train.main(COMMANDS[1].split()) == 0
+    assert "Epoch 3, test acc: " in capsys.readouterr().out
 
 
 def test_sweep(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,56 +61,37 @@ def test_sweep(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_prediction_equals_the_evaluation(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = train.load(trained)
-    images = train.load_data(validate=False)[1]
-    mean, std = torch.tensor(checkpoint["mean"]), torch.tensor(checkpoint["std"])
+    checkpoint, (_, images) = train.load(trained), train.load_data(validate=False)
     net = ResNet18()
     net.load_state_dict(checkpoint["model"])
-    batches = train.test_batches(images, train.Hyperparameters(), lambda p: train.to_input(p, mean, std, 48))
-    _, accuracy, logits, _ = train.run_epoch("Test", net, batches, 1, train.Hyperparameters())
-    assert accuracy == checkpoint["history"][-1]["test_acc"]
+    logits = train.evaluate(net, images.pixels, 48)
     for i in (0, 7, 33):
         to_pil_image(images.pixels[i].permute(2, 0, 1)).save("picture.png")
         names: dict = {}
         exec(block("Image.open"), names)
         torch.testing.assert_close(names["logits"][0], logits[i], rtol=1e-3, atol=1e-3)
-        assert capsys.readouterr().out.splitlines()[-1] == tiny.CLASSES[logits[i].argmax()]
+        assert capsys.readouterr().out.splitlines()[-1] == train.CLASSES[logits[i].argmax()]
     to_pil_image(torch.randint(256, (4, 50, 301), dtype=torch.uint8)).save("picture.png")
     exec(block("Image.open"), {})
-    assert capsys.readouterr().out.strip() in tiny.CLASSES
+    assert capsys.readouterr().out.strip() in train.CLASSES
 
 
-def test_backbone_takes_a_training_step(trained: Path) -> None:
-    names = {"net": ResNet18()}
-    names["net"].load_state_dict(train.load(trained)["model"])
-    exec(block("FasterRCNN"), names)
-    image = torch.rand(3, 64, 64)
-    target = {"boxes": torch.tensor([[5.0, 5.0, 40.0, 50.0]]), "labels": torch.tensor([3])}
-    detector, segmenter = names["detector"], names["segmenter"]
-    detector.transform.min_size, detector.transform.max_size = (64,), 64
-    steps = {
-        detector: lambda: sum(detector([image], [target]).values()),
-        segmenter: lambda: F.cross_entropy(segmenter(torch.stack([image] * 2))["out"], torch.ones(2, 64, 64).long()),
-    }
-    for network, loss in steps.items():
-        network.train()
-        weight = names["net"].layer4[1].conv2.weight
-        before = weight.detach().clone()
-        loss().backward()
-        torch.optim.SGD(network.parameters(), 0.1).step()
-        assert not torch.equal(weight, before)
-        network.zero_grad()
-        network.eval()
-    with torch.no_grad():
-        assert set(detector([image])[0]) == {"boxes", "labels", "scores"}
-        assert segmenter(image[None])["out"].shape == (1, 11, 64, 64)
-
-
-def test_imagenet_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backbone_and_imagenet_weights(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = torchvision.models.resnet18()
     monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: made)
-    names: dict = {}
-    exec(block("DEFAULT"), names)
+    backbone = ResNet18()
+    backbone.load_state_dict(train.load(trained)["model"])
+    names: dict = {"net": backbone}
+    exec(block("FasterRCNN"), names)
+    detector, image = names["detector"], torch.rand(3, 64, 64)
+    target = {"boxes": torch.tensor([[5.0, 5.0, 40.0, 50.0]]), "labels": torch.tensor([3])}
+    detector.transform.min_size, detector.transform.max_size = (64,), 64
+    before = backbone.layer4[1].conv2.weight.detach().clone()
+    sum(detector([image], [target]).values()).backward()
+    torch.optim.SGD(detector.parameters(), 0.1).step()
+    assert not torch.equal(backbone.layer4[1].conv2.weight, before)
+    with torch.no_grad():
+        assert set(detector.eval()([image])[0]) == {"boxes", "labels", "scores"}
     assert torch.equal(names["net"].layer4[1].conv2.weight, made.layer4[1].conv2.weight)
     assert names["net"](torch.randn(2, 3, 64, 64)).shape == (2, 10)
 

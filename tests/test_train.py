@@ -1,88 +1,60 @@
-"""Augmentation, schedule, runs and checkpoints on a small data set."""
+"""Batches, optimizer and schedule against independent computations, and whole runs on a small data set."""
 
-import copy
 import csv
 import re
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+import torchvision
+from conftest import FAST
+from tiny import assert_equal, saved_state
 from torch import nn
 from torch.nn import functional as F
-from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
 import train
-from train import Augmentation, Hyperparameters, Images
-
-FAST = Hyperparameters(image_sizes=(32, 40), batch_size=16)
-
-
-def saved_state(path: Path) -> dict:
-    """Return what a checkpoint holds, but for the seconds, which no two runs share."""
-    checkpoint = train.load(path)
-    for row in checkpoint["history"]:
-        del row["seconds"]
-    return checkpoint
+from model import ResNet18
+from train import Hyperparameters, random_stream
 
 
-def assert_equal(a: object, b: object) -> None:
-    """Compare nested containers bit for bit."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+def plain(**changes: int) -> Hyperparameters:
+    """Return hyperparameters without augmentation but for `changes`."""
+    return Hyperparameters(**{"crop": 0, "zoom": 0, "erase": 0} | changes)
+
+
+def noise(count: int) -> torch.Tensor:
+    return torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
 
 
 def test_augment_equals_pad_crop_flip() -> None:
-    pixels = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8)
-    flip = torch.arange(20) % 2 == 0
-    index = torch.randperm(20)
-    batch = train.augment(Images(pixels, torch.arange(20)), index, flip, Augmentation(4, 0, 0), train.random_stream(1))
-    shifts = torch.randint(-4, 5, (2, 20, 1), generator=train.random_stream(1))[..., 0].T.tolist()
-    assert len({tuple(s) for s in shifts}) > 10
-    for ours, i, mirrored, (down, right) in zip(batch, index, flip, shifts, strict=True):
+    pixels, mirror, index = noise(20), torch.arange(20) % 2 == 0, torch.randperm(20)
+    batch = train.augment(pixels, index, mirror, plain(crop=4), random_stream(1))
+    places = []
+    for ours, i, mirrored in zip(batch, index, mirror, strict=True):
         padded = F.pad(pixels[i].permute(2, 0, 1)[None].float(), (4, 4, 4, 4), mode="reflect")[0]
-        expected = padded[:, 4 + down : 36 + down, 4 + right : 36 + right]
-        expected = v2.functional.horizontal_flip(expected) if mirrored else expected
-        assert torch.equal(ours.permute(2, 0, 1).float(), expected)
+        padded = v2.functional.horizontal_flip(padded) if mirrored else padded
+        windows = {(y, x): padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)}
+        places += [place for place, window in windows.items() if torch.equal(ours.permute(2, 0, 1).float(), window)]
+    assert len(places) == 20 and len(set(places)) > 10
 
 
 def test_augment_cuts_larger_and_smaller_squares() -> None:
-    a = Augmentation(crop=0, erase=0, zoom=3)
-    pixels = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
-    images, flip, draw = Images(pixels, torch.arange(2)), torch.zeros(2, dtype=torch.bool), train.random_stream(1)
-    batches = [train.augment(images, torch.arange(2), flip, a, draw) for _ in range(60)]
+    pixels, mirror, draw = noise(2), torch.zeros(2, dtype=torch.bool), random_stream(1)
     padded = F.pad(pixels.permute(0, 3, 1, 2).float(), (3, 3, 3, 3), mode="reflect")
-    for batch in batches:
-        side = batch.shape[1]
-        expected = v2.functional.center_crop(padded, [side])
-        # Of an odd margin, center_crop and augment may leave the odd px on either side.
-        shifts = [expected, *(expected.roll((y, x), (2, 3)) for y in (-1, 0, 1) for x in (-1, 0, 1))]
-        ours = batch.permute(0, 3, 1, 2).float()
-        assert any(torch.equal(ours[..., 1:-1, 1:-1], e[..., 1:-1, 1:-1]) for e in shifts)
-    assert {batch.shape[1] for batch in batches} == set(range(29, 36))
-
-
-def test_augmentation_is_weaker_in_short_runs_and_the_zoom_ends_before_the_last_epochs() -> None:
-    h = Hyperparameters(crop=4, erase=8, zoom=6, plain=0.1)
-    assert [train.augmentation(epoch, 30, h) for epoch in range(30)] == [(4, 8, 6)] * 27 + [(4, 8, 0)] * 3
-    assert [train.augmentation(epoch, 10, h) for epoch in range(10)] == [(2, 3, 2)] * 9 + [(2, 3, 0)]
-    assert [train.augmentation(epoch, 60, h) for epoch in (0, 59)] == [(4, 8, 6), (4, 8, 0)]
+    sides = set()
+    for _ in range(60):
+        ours = train.augment(pixels, torch.arange(2), mirror, plain(zoom=3), draw).permute(0, 3, 1, 2).float()
+        sides.add(side := ours.shape[2])
+        assert ours.shape[3] == side
+        corners = {(38 - side) // 2, (39 - side) // 2}  # an odd px may be left on either side
+        assert any(torch.equal(ours, padded[:, :, c : c + side, c : c + side]) for c in corners)
+    assert sides == set(range(29, 36))
 
 
 def test_augment_erases_a_square() -> None:
     pixels = torch.zeros(50, 32, 32, 3, dtype=torch.uint8)
-    images, flip = Images(pixels, torch.zeros(50)), torch.zeros(50, dtype=torch.bool)
-    batch = train.augment(images, torch.arange(50), flip, Augmentation(0, 5, 0), train.random_stream(1))
+    batch = train.augment(pixels, torch.arange(50), torch.zeros(50, dtype=torch.bool), plain(erase=5), random_stream(1))
     erased = batch[..., 0] != 0
     assert (erased.sum((1, 2)) == 25).all()
     assert (erased.any(1).sum(1) == 5).all() and (erased.any(2).sum(1) == 5).all()
@@ -90,58 +62,32 @@ def test_augment_erases_a_square() -> None:
     assert not pixels.any()
 
 
-def test_every_image_once_an_epoch_and_mirrored_in_turn() -> None:
-    pixels = torch.zeros(50, 32, 32, 3, dtype=torch.uint8)
-    pixels[:, :, :16] = 200  # the left half is bright
-    images, h = Images(pixels, torch.arange(50)), Hyperparameters(batch_size=8)
-    sides = []
-    for epoch in range(2):
-        order, weights = train.choose_images(torch.zeros(50), 0.5, seed=3, epoch=epoch)  # no loss is known yet
-        a = Augmentation(0, 0, 0)
-        batches = list(train.training_batches(images, order, weights, a, h, seed=3, epoch=epoch, prepare=lambda p: p))
-        assert len(batches) == train.batch_count(50, h) == 6
-        labels = torch.cat([y for _, y, _ in batches])
-        assert sorted(labels.tolist()) == list(range(50)) and labels.tolist() != list(range(50))
-        assert torch.equal(torch.cat([w for _, _, w in batches]), torch.ones(50))
-        left = torch.cat([x for x, _, _ in batches])[:, 0, 0, 0] == 200
-        sides.append(left[labels.argsort()])
-    assert torch.equal(sides[0], ~sides[1])
-    assert 10 < sides[0].sum() < 40
-
-
 def test_to_input_equals_torchvisions_transforms() -> None:
-    pixels = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
-    mean, std = train.pixel_statistics(pixels)
-    assert mean.tolist() == pytest.approx((pixels.double() / 255).mean((0, 1, 2)).tolist(), rel=1e-6)
-    assert std.tolist() == pytest.approx((pixels.double() / 255).std((0, 1, 2)).tolist(), rel=1e-4)
+    pixels = noise(4)
     for size in (32, 48):
-        transform = v2.Compose(
-            [v2.ToDtype(torch.float32, scale=True), v2.Resize((size, size)), v2.Normalize(mean.tolist(), std.tolist())]
-        )
-        x = train.to_input(pixels, mean, std, size)
+        normalise = v2.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+        transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Resize((size, size)), normalise])
+        x = train.to_input(pixels, size)
         torch.testing.assert_close(x, transform(pixels.permute(0, 3, 1, 2)), rtol=1e-4, atol=1e-5)
         assert x.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_whitened_outputs_are_uncorrelated() -> None:
-    x = F.interpolate(torch.randn(200, 3, 8, 8), (28, 28), mode="bilinear")  # neighbours are alike
-    convolution = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-    train.whiten(convolution, x)
-    outputs = F.conv2d(x, convolution.weight, stride=7).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(outputs[:32], -outputs[32:])
-    patches = x.reshape(200, 3, 4, 7, 4, 7).permute(0, 2, 4, 1, 3, 5).reshape(3200, 147)
-    variances = torch.linalg.svdvals(patches - patches.mean(0))[:32].flip(0) ** 2 / 3199
-    expected = torch.diag(variances / (variances + 0.01))
-    torch.testing.assert_close(outputs[:32].cov(), expected, rtol=1e-3, atol=1e-3)
+def test_the_hardest_images_are_chosen_and_unseen_ones_first() -> None:
+    losses = torch.rand(1000)
+    losses[:300] = torch.inf
+    order = train.choose_images(losses, 0.6, random_stream(7))
+    assert torch.equal(order.sort().values, losses.topk(400).indices.sort().values)
+    assert order.tolist() != order.sort().values.tolist() != losses.topk(400).indices.tolist()
+    assert torch.equal(order, train.choose_images(losses, 0.6, random_stream(7)))
+    assert not torch.equal(order, train.choose_images(losses, 0.6, random_stream(8)))
+    assert sorted(train.choose_images(losses, 0.0, random_stream(7)).tolist()) == list(range(1000))
 
 
 def test_learning_rate() -> None:
     h = Hyperparameters(peak_lr=0.5, warmup=0.2)
-    rates = [train.learning_rate(step, 99, h) for step in range(99)]
-    assert rates[19] == max(rates) == pytest.approx(0.5)
-    assert rates[9] == pytest.approx(0.25) and rates[59] == pytest.approx(0.25)
-    assert 0 < rates[0] < 0.03 and 0 < rates[-1] < 0.01
-    assert train.learning_rate(0, 99, Hyperparameters(peak_lr=0.5, warmup=0)) == pytest.approx(0.495)
+    rates = [train.learning_rate(done, h) for done in (0.05, 0.1, 0.2, 0.6, 0.9)]
+    assert rates == pytest.approx([0.125, 0.25, 0.5, 0.25, 0.0625])
+    assert train.learning_rate(0.25, Hyperparameters(peak_lr=0.5, warmup=0)) == pytest.approx(0.375)
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (40, 6), (5, 5)])
@@ -159,8 +105,8 @@ def test_muon_steps() -> None:
     kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
     others = [nn.Parameter(p.detach().clone()) for p in (vector, matrix)]
     expected, momentum = kernel.detach().double(), 0.0
-    muon = train.Muon([kernel, vector, matrix], lr=0.1, momentum=0.9)
-    sgd = torch.optim.SGD(others, lr=0.1, momentum=0.9, nesterov=True)
+    muon = train.Muon([kernel, vector, matrix], lr=0.1, other_lr=3.0, momentum=0.9)
+    sgd = torch.optim.SGD(others, lr=0.3, momentum=0.9, nesterov=True)
     for _ in range(4):
         for p in (kernel, vector, matrix):
             p.grad = torch.randn_like(p)
@@ -175,139 +121,102 @@ def test_muon_steps() -> None:
     torch.testing.assert_close([vector, matrix], others)
 
 
-def test_accumulated_batches_make_one_step() -> None:
-    x, labels, whole = torch.randn(20, 6), torch.randint(3, (20,)), nn.Linear(6, 3)
-    averages = []
-    for size, accumulation in ((10, 1), (5, 2), (4, 3)):
-        model, h = copy.deepcopy(whole), Hyperparameters(batch_size=size, accumulation=accumulation)
-        optimizer, average = train.optimizer_and_average(model, h)
-        batches = zip(x.split(size), labels.split(size), torch.ones(20).split(size), strict=True)
-        train.run_epoch("", model, batches, 20 // size, h, optimizer, [0.1] * (20 // size), average)
-        assert average.n_averaged == 2  # the last step of (4, 3) is one of two batches
-        averages.append(average.module.state_dict())
-    torch.testing.assert_close(averages[0], averages[1])
+def test_training_equals_a_loop_written_out(small: Path) -> None:
+    """Three epochs of 50 of 100 images in batches of 17, 17 and 16, two to a step; the losses choose the images."""
+    h = Hyperparameters(image_sizes=(32, 32, 40), batch_size=16, accumulation=2, peak_lr=0.02, other_lr=3.0)
+    history = train.train("resnet18", 3, seed=5, h=h)
+    images, reported = train.load_data(validate=False)
+    torch.manual_seed(random_stream(5).initial_seed())
+    net = ResNet18().to(memory_format=torch.channels_last)
+    muon = train.Muon(net.parameters(), lr=0.0, other_lr=3.0, momentum=0.9)
+    losses, mirror = torch.full((100,), torch.inf), torch.rand(100, generator=random_stream(5)) < 0.5
+    done = iter([1.5 / 9, 2.5 / 9, 4.5 / 9, 5.5 / 9, 7.5 / 9, 8.5 / 9])  # the middle of each step's last batch
+    for epoch, size in enumerate((32, 32, 40)):
+        order = train.choose_images(losses, 0.5, random_stream(5, epoch))
+        hits, before = 0, losses.clone()
+        for numbers in ((0, 1), (2,)):
+            net.zero_grad()
+            for number in numbers:
+                index = order[(0, 17, 34)[number] : (17, 34, 50)[number]]
+                pixels = train.augment(images.pixels, index, mirror[index], h, random_stream(5, epoch, number))
+                logits = net(train.to_input(pixels, size))
+                each = F.cross_entropy(logits, images.labels[index], reduction="none", label_smoothing=0.1)
+                (each.mean() / 2).backward()
+                losses[index] = each.detach()
+                hits += (logits.argmax(1) == images.labels[index]).sum().item()
+            share = next(done)
+            muon.param_groups[0]["lr"] = rate = 0.02 * (share / 0.2 if share < 0.2 else (1 - share) / 0.8)
+            muon.step()
+        mirror = ~mirror
+        row = history[epoch]
+        assert (row["image_size"], row["images"], row["train_acc"]) == (size, 50, hits / 50)
+        assert row["train_loss"] == pytest.approx(losses[order].mean().item(), rel=1e-5)
+        assert row["learning_rate"] == pytest.approx(rate)
+        assert (losses != before).sum() == 50
+    checkpoint = train.load(small / "resnet18-001.pt")
+    torch.testing.assert_close(checkpoint["model"], net.state_dict())
+    torch.testing.assert_close(checkpoint["losses"], losses)
+    reference = torchvision.models.resnet18(num_classes=10).eval()
+    reference.load_state_dict(checkpoint["model"])
+    logits = reference(train.to_input(reported.pixels, checkpoint["image_size"]))
+    torch.testing.assert_close(train.evaluate(net, reported.pixels, 40), logits.detach(), rtol=1e-3, atol=1e-3)
+    assert checkpoint["image_size"] == 40
+    assert history[-1]["test_acc"] == (logits.argmax(1) == reported.labels).sum().item() / 40
 
 
-def test_easy_images_are_left_out_and_the_gradient_stays_the_same_in_the_mean() -> None:
-    losses = torch.rand(1000)
-    easy, sums, shares = losses < losses.mean(), torch.zeros(1000), []
-    for epoch in range(300):
-        order, weights = train.choose_images(losses, 0.6, 0, epoch)
-        assert len(order.unique()) == len(order) == len(weights)
-        assert (weights[~easy[order]] == 1).all() and (~easy[order]).sum() == (~easy).sum()
-        torch.testing.assert_close(weights[easy[order]], torch.full((int(easy[order].sum()),), 2.5))
-        sums.index_add_(0, order, weights)
-        shares.append(easy[order].sum() / easy.sum())
-    assert abs(torch.stack(shares).mean() - 0.4) < 0.01
-    mean = sums / 300
-    assert (mean[easy] - 1).abs().max() < 0.4  # its standard deviation is 0.07
-    assert abs(mean[easy].mean() - 1) < 0.02
-    assert torch.equal(train.choose_images(losses, 0.6, 0, 7)[0], train.choose_images(losses, 0.6, 0, 7)[0])
-    assert len(train.choose_images(losses, 0.0, 0, 7)[0]) == 1000
+def test_image_sizes_share_the_epochs_and_seeds_draw_other_weights() -> None:
+    def sizes(epochs: int) -> list[int]:
+        run = train.Run("resnet18", epochs, 0, Hyperparameters(image_sizes=(32, 48, 64)), 10)
+        return [run.image_size(epoch) for epoch in range(epochs)]
+
+    assert (sizes(6), sizes(4), sizes(1)) == ([32, 32, 48, 48, 64, 64], [32, 48, 48, 64], [48])
+    weights = [train.Run("resnet18", 1, seed, FAST, 10).model.fc.weight for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_an_image_of_weight_two_counts_as_two() -> None:
-    # In float64: the losses are compared as Python's floats, more closely than float32 adds.
-    x, labels, linear = torch.randn(4, 6).double(), torch.randint(3, (4,)), nn.Linear(6, 3).double()
-    h, results = Hyperparameters(accumulation=1), []
-    for index, weights, lr in (
-        (torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 2.0, 1.0, 2.0]), 0.1),
-        (torch.tensor([0, 1, 1, 2, 3, 3]), torch.ones(6), 0.15),  # the loss of a step is a mean over four or six
-    ):
-        model = copy.deepcopy(linear)
-        optimizer, average = train.optimizer_and_average(model, h)
-        batches = [(x[index], labels[index], weights)]
-        loss, accuracy, _, _ = train.run_epoch("", model, batches, 1, h, optimizer, [lr], average)
-        results.append((loss, accuracy, model.state_dict()))
-    torch.testing.assert_close(*results)
-
-
-def test_the_losses_that_choose_the_images_are_those_of_the_epoch(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose, run, chosen, seen = train.choose_images, train.run_epoch, [], []
-
-    def record_choice(losses: torch.Tensor, *rest: object) -> tuple:
-        chosen.append((losses.clone(), choose(losses, *rest)))
-        return chosen[-1][1]
-
-    def record_losses(
-        title: str, model: nn.Module, batches: object, count: int, h: Hyperparameters, *rest: object
-    ) -> tuple:
-        result = run(title, model, batches, count, h, *rest)
-        if rest:
-            order = chosen[-1][1][0]
-            targets = F.one_hot(train.load_data(False)[0].labels[order], 10) * 0.9 + 0.01
-            seen.append((order, -(targets * result[2].log_softmax(1)).sum(1)))
-        return result
-
-    monkeypatch.setattr(train, "choose_images", record_choice)
-    monkeypatch.setattr(train, "run_epoch", record_losses)
-    history = train.train("resnet18", 3, h=FAST)
-    expected = torch.zeros(100)
-    for row, (losses, (order, _)), (_, now) in zip(history, chosen, seen, strict=True):
-        torch.testing.assert_close(losses, expected)
-        expected[order] = now
-        assert row["images"] == len(order)
-    assert history[0]["images"] == 100 > history[1]["images"]
-
-
-def test_image_sizes_share_the_epochs() -> None:
-    h = Hyperparameters(image_sizes=(32, 48, 64))
-    assert [train.image_size(e, 6, h) for e in range(6)] == [32, 32, 48, 48, 64, 64]
-    assert [train.image_size(e, 4, h) for e in range(4)] == [32, 48, 48, 64]
-    assert train.image_size(0, 1, h) == 48
-
-
-def test_validation_split_is_balanced_and_leaves_the_test_images_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    tiny.make(tmp_path, training=300)
-    monkeypatch.setattr(train, "DATA", tmp_path)
-    for name, value in tiny.checksums(tmp_path).items():
-        monkeypatch.setattr(CIFAR10, name, value)
-    everything, _, _ = train.load_data(validate=False)
-    rest, held_out, _ = train.load_data(validate=True)
-    assert held_out.labels.bincount().tolist() == [3] * 10
+def test_validation_holds_training_images_out_and_leaves_the_test_images_alone(small: Path) -> None:
+    everything, test = train.load_data(validate=False)
+    rest, held_out = train.load_data(validate=True)
+    assert (len(everything.labels), len(test.labels), len(rest.labels), len(held_out.labels)) == (100, 40, 90, 10)
     pixels = torch.cat([rest.pixels, held_out.pixels]).flatten(1)
     assert sorted(pixels.tolist()) == sorted(everything.pixels.flatten(1).tolist())
+    for part in (everything, rest, held_out):  # tiny.make() gives each class a brightness of its own
+        assert torch.equal((part.pixels.float().mean((1, 2, 3)) - 49.5).div(15).round(), part.labels.float())
+    history = train.train("resnet18", 1, h=Hyperparameters(image_sizes=(32,), batch_size=9, validate=True))
+    assert history[0]["images"] == 45 and "val_acc" in history[0] and "test_acc" not in history[0]
 
 
 def test_learns(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    h = Hyperparameters(
-        image_sizes=(32,), batch_size=20, accumulation=1, peak_lr=0.02, average_decay=0.5, crop=0, erase=0
-    )
+    h = plain(skip=0, batch_size=20, accumulation=1, peak_lr=0.02, image_sizes=(32,))
     history = train.train("resnet18", 6, h=h)
     assert history[-1]["test_acc"] > 0.25  # guessing gives 0.1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "resnet18, 11,181,642 parameters, 1 threads, 100 training and 40 test images".replace(
-        "1 threads", f"{torch.get_num_threads()} threads"
-    )
-    for number, line in enumerate(lines[1:7], 1):
-        assert re.fullmatch(
-            rf"Epoch {number}, test acc: \d\.\d{{4}}, train loss: \d+\.\d{{4}}, 32 px, \d+ s, \d:\d\d:\d\d left", line
-        )
+    threads = torch.get_num_threads()
+    assert lines[0] == f"resnet18, 11,181,642 parameters, {threads} threads, 100 training and 40 test images"
+    for number, (line, row) in enumerate(zip(lines[1:7], history, strict=True), 1):
+        numbers = f"test acc: {row['test_acc']:.4f}, train loss: {row['train_loss']:.4f}, 32 px"
+        assert re.fullmatch(rf"Epoch {number}, {numbers}, \d+ s, \d:\d\d:\d\d left", line)
+    classes = [float(line.split()[1].rstrip(",")) for line in lines[8:18]]
+    assert sum(classes) / 10 == pytest.approx(history[-1]["test_acc"])
+    assert [line.split()[0] for line in lines[8:18]] == train.CLASSES
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(
-    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train.train("resnet18", 3, seed=5, h=FAST)
-    printed = capsys.readouterr().out
-    write_history = train.write_history
+    path, save = small / "resnet18-002.pt", train.save
 
-    def interrupt(history: list, path: Path) -> None:
-        write_history(history, path)
-        if len(history) == 1:
-            raise KeyboardInterrupt
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "write_history", interrupt)
-    with pytest.raises(KeyboardInterrupt, match=r"1 of 3 epochs are saved, go on with --resume \".*resnet18-002.pt\""):
-        train.train("resnet18", 3, seed=5, h=FAST)
-    monkeypatch.setattr(train, "write_history", write_history)
-    assert train.newest_run("resnet18") == small / "resnet18-002.pt"
-    resumed = train.train("resnet18", 3, seed=5, h=FAST, resume=small / "resnet18-002.pt")
+    for name, stop in {"evaluate": interrupt, "save": lambda *a: interrupt(save(*a))}.items():
+        for _ in range(2):  # in the first epoch, twice, and after each of two
+            with monkeypatch.context() as patch:
+                patch.setattr(train, name, stop)
+                with pytest.raises(KeyboardInterrupt, match=rf'^Go on with --resume "{re.escape(str(path))}"$'):
+                    train.train(resume=path) if path.exists() else train.train("resnet18", 3, seed=5, h=FAST)
+    assert train.newest_run("resnet18") == path
+    resumed = train.train(resume=path)
     assert [row["test_acc"] for row in resumed] == [row["test_acc"] for row in whole]
-    assert_equal(saved_state(small / "resnet18-001.pt"), saved_state(small / "resnet18-002.pt"))
-    accuracies = re.findall("acc: ([0-9.]+), train loss: ([0-9.]+)", printed)
-    assert accuracies[1:] == re.findall("acc: ([0-9.]+), train loss: ([0-9.]+)", capsys.readouterr().out)
-    rows = list(csv.DictReader((small / "resnet18-002.csv").open()))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert_equal(saved_state(small / "resnet18-001.pt"), saved_state(path))
+    rows = list(csv.DictReader(path.with_suffix(".csv").open()))
+    assert [(int(row["epoch"]), float(row["test_acc"])) for row in rows] == [(r["epoch"], r["test_acc"]) for r in whole]
