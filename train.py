@@ -311,16 +311,16 @@ def save(run: Run, path: Path) -> None:
         temporary.unlink(missing_ok=True)
         if not path.stat().st_size:
             path.unlink()  # of a run that could not begin
-        raise RunError(f"Cannot save {path}: {error.strerror}. --resume goes on from what is saved.") from error
+        raise RunError(f"Cannot save {path}: {error.strerror}. Mend that, then --resume or start again.") from error
 
 
 def load(path: Path) -> dict[str, Any]:
     """Return the checkpoint in `path`, without running code that may be in it; RunError if it is not one of ours."""
-    with path.open("rb") as file:
-        whole = zipfile.is_zipfile(file)  # on other files torch.load fails in more ways than it documents
     try:
+        with path.open("rb") as file:
+            whole = zipfile.is_zipfile(file)  # on other files torch.load fails in more ways than it documents
         state = torch.load(path, map_location="cpu", weights_only=True) if whole else None
-    except (pickle.UnpicklingError, RuntimeError):
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError):
         state = None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise RunError(f"{path} is damaged, or no checkpoint of this train.py (format {CHECKPOINT_FORMAT}).")
@@ -427,10 +427,10 @@ def train(
         run.load_state_dict(state)
     else:
         save(run, path)  # so that a run killed in its first epoch resumes, and a full disk shows at once
-    parameters, threads = sum(p.numel() for p in run.model.parameters()), torch.get_num_threads()
-    images = f"{len(training.labels):,} training and {len(reported.labels):,} {run.split} images"
-    print(f"{arch}, {parameters:,} parameters, {threads} threads, {images}", flush=True)
     try:
+        parameters, threads = sum(p.numel() for p in run.model.parameters()), torch.get_num_threads()
+        images = f"{len(training.labels):,} training and {len(reported.labels):,} {run.split} images"
+        print(f"{arch}, {parameters:,} parameters, {threads} threads, {images}", flush=True)
         report(run, path, fit(run, path, training, reported), reported)
     except (KeyboardInterrupt, BrokenPipeError) as stop:
         raise type(stop)(f'Go on with --resume "{path}"') from None
