@@ -1,7 +1,7 @@
 """The residual networks of He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385.
 
-Parameter names and their order are torchvision's, so weights go both ways, and torchvision's detection and
-segmentation models take these networks as a backbone. Conv1x1 and Conv3x3, at the end, are nn.Conv2d made fast.
+Parameter names and order are torchvision's, so weights go both ways (of bottlenecks in name only, see conv1), and its
+detection and segmentation models take these networks as a backbone. Conv1x1 and Conv3x3 are nn.Conv2d made fast.
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 class ResBlk(nn.Module):
     """The building block of ResNet-18 and -34: two 3x3 convolutions (Figure 5, left)."""
 
-    expansion = 1
+    expansion = 1  # output channels / channels
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ResBlk(nn.Module):
 class BottleneckBlk(nn.Module):
     """The building block of ResNet-50, -101 and -152: 1x1, 3x3 and 1x1 convolutions (Figure 5, right)."""
 
-    expansion = 4
+    expansion = 4  # output channels / channels
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class BottleneckBlk(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_channels, out_channels, stride)
-        # Each block starts as its shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1); ResBlk was worse so.
+        # Starts as its shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1); in ResBlk that was less accurate.
         nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def ResNet152(block: Block = BottleneckBlk, layers: Sequence[int] = (3, 8, 36, 3
 
 # From here on nothing changes what the network computes, only how fast it trains.
 
-# Largest square output map where the fast way beats the library, by instruction set, kernel and stride; else never.
+# Side of the largest output map on which the fast way beat the library, by instruction set and (kernel, stride).
 LARGEST_MAP = {
     "AVX2": {(1, 1): 4, (1, 2): 4, (3, 1): 24, (3, 2): 2},
     "AVX512": {(1, 1): 4, (1, 2): 4, (3, 1): 12, (3, 2): 2},
@@ -142,10 +142,12 @@ def fast_pays(conv: nn.Conv2d, x: Tensor) -> bool:
     """Return whether the fast way was measured to beat the library for x (N, C, H, W): training in float32 on a CPU."""
     if not (conv.training and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
         return False
+    if torch.compiler.is_compiling():  # because what stands in for tensors there must not stay in matrices()' cache
+        return False
     if x.dtype != torch.float32 or x.device.type != "cpu" or len(x) < SMALLEST_BATCH or x.shape[2] != x.shape[3]:
         return False
     kernel, stride = conv.kernel_size[0], conv.stride[0]
-    return (x.shape[2] - 1) // stride < LARGEST_MAP.get((kernel, stride), 0)
+    return (x.shape[2] - 1) // stride + 1 <= LARGEST_MAP.get((kernel, stride), 0)  # side of the output map
 
 
 class Conv1x1(nn.Conv2d):
@@ -172,7 +174,7 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution (N, O, H / stride, W / stride) of x (N, I, H, W)."""
         size, stride = x.shape[2], self.stride[0]
-        if fast_pays(self, x) and (stride > 1 or size <= 2 or size % 3 == 0 or size % 4 == 0):
+        if fast_pays(self, x) and (stride > 1 or size <= 2 or size % 3 == 0 or size % 4 == 0):  # else no tiles
             return fast_conv3x3(x, self.weight, stride)
         return super().forward(x)
 
@@ -189,6 +191,7 @@ def fast_conv3x3(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     p, k = len(b), len(g)
     tiles = p // k
     v = on_both_axes(b, x.permute(0, 2, 3, 1)).view(n * tiles, k * p, inputs).transpose(0, 1)
+    # Tiles down the map share their kernels and so join the batch; along a row the kernels are repeated.
     u = torch.kron(g, g) @ weight.permute(2, 3, 0, 1).reshape(9, outputs * inputs)
     u = u.view(k, 1, k, outputs, inputs).expand(-1, tiles, -1, -1, -1).reshape(k * p, outputs, inputs)
     products = torch.bmm(v, u.mT).transpose(0, 1).reshape(n, p, p, outputs)
@@ -204,13 +207,13 @@ def on_both_axes(matrix: Tensor, x: Tensor) -> Tensor:
 
 @functools.cache
 def matrices(size: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A (outputs, P), B (P, size) and G (K, 3), float32, with conv(x, w) = A ((G w, P / K times) * (B x)).
+    """Return A (outputs, P), B (P, size) and G (K, 3), float32, with conv(x, w) = A ((G w, repeated) * (B x)).
 
     That is a convolution with a kernel w (3,) and a zero on either side of x (size,), in P multiplications.
     Stride 2, and a map of 1: one for each pair of an output and a tap that meets the map.
     Stride 1: P / K tiles of m = 3 or 4 outputs, with m + 2 each instead of 3 m: the Toom-Cook product of polynomials
     transposed, by the Vandermonde matrix of m + 1 points and infinity (Winograd 1980; Lavin and Gray 2015,
-    arXiv:1509.09308, section 4). On a map of 2 the zeros leave 3, Karatsuba's.
+    arXiv:1509.09308, section 4). On a map of 2 the zeros at the border leave 3 of 4, Karatsuba's.
     """
     if stride > 1 or size == 1:
         outputs = (size - 1) // stride + 1

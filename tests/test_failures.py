@@ -157,7 +157,7 @@ def test_bad_hosts_and_data(small: Path, tmp_path: Path, capsys: Capture, monkey
         request.sendall(b"HTTP/1.0 " + hosts[name][0])
         time.sleep(2 * (name == "stalled"))
 
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda s, wait=socket.setdefaulttimeout: wait(min(s, 0.5)))
+    monkeypatch.setattr(train, "HOST_TIMEOUT", 0.5)
     monkeypatch.setattr(train, "DATA", tmp_path / "data")
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handle) as server:
         server.handle_error = lambda *_: None  # the client may leave before it has all
