@@ -45,7 +45,7 @@ class Hyperparameters:
 
     # The sizes in px to which images are enlarged, each for an equal share of the epochs. The network divides them by 4
     # before its first block, so larger ones are more accurate; an image costs about size ** 1.6. Multiples of 32.
-    image_sizes: tuple[int, ...] = (32, 64, 64, 96, 96)
+    image_sizes: tuple[int, ...] = (32, 64, 96)
     batch_size: int = 128  # images that go through the network, and are normalised, together
     accumulation: int = 4  # batches whose gradients make one step of the optimizer
     peak_lr: float = 0.05  # learning rate after the warm-up: about the share of a kernel's norm that a step changes
@@ -53,7 +53,7 @@ class Hyperparameters:
     warmup: float = 0.2  # share of all steps in which the rate rises, linearly, before it falls, linearly, to 0
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
-    skip: float = 0.5  # share of the images that an epoch leaves out: those that the network finds easiest
+    skip: float = 0.55  # share of the images that an epoch leaves out: those that the network finds easiest
     crop: int = 3  # px by which an image is shifted at most along each axis, reflected at the border
     zoom: int = 4  # px by which the square cut from the images of a batch is at most larger or smaller than they are
     erase: int = 5  # px, the side of the square that is erased from each image
@@ -368,8 +368,7 @@ def tune_process() -> None:
 
 def fit(run: Run, path: Path, training: Images, reported: Images) -> Tensor:
     """Train the epochs that are left, saving and printing each; return the logits of the images to report on."""
-    table = path.with_suffix(".csv")
-    logits = None
+    table, logits = path.with_suffix(".csv"), None
     for epoch in range(len(run.history), run.epochs):
         start, size = time.perf_counter(), run.image_size(epoch)
         row = {"epoch": epoch + 1, **train_epoch(run, training, epoch)}
@@ -444,7 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 if something failed, 2 if an argument is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=LAYER_TABLE, help="the network (default: resnet18)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the harder half (default: 30)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the hardest images (default: 30)")
     parser.add_argument("--seed", type=int, metavar="N", help="of all that is drawn (default: 0)")
     parser.add_argument("--resume", nargs="?", const=True, metavar="RUN.pt", help="go on with a run (default: newest)")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}

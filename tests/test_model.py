@@ -11,6 +11,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 import model
 from model import LAYER_TABLE, Conv1x1, Conv3x3, ResBlk, ResNet, ResNet18, ResNet34, ResNet50, matrices
@@ -43,9 +45,8 @@ def test_size_is_the_papers_and_torchvisions(arch: str, multiply_adds: float) ->
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(torch.empty(1, 3, 224, 224))
         reference = torchvision.models.get_model(arch)
-    assert [(k, v.shape) for k, v in net.state_dict().items()] == [
-        (k, v.shape) for k, v in reference.state_dict().items()
-    ]
+    ours, theirs = ([(k, v.shape) for k, v in m.state_dict().items()] for m in (net, reference))
+    assert ours == theirs
     assert counter.get_total_flops() / 2 == pytest.approx(multiply_adds, rel=0.035)
 
 
@@ -83,6 +84,15 @@ def test_feature_maps_equal_torchvisions() -> None:
     ours, theirs = (IntermediateLayerGetter(m.eval(), layers)(x) for m in (net, reference))
     assert list(ours) == list(theirs) == ["1", "2", "3", "4"]
     assert max(relative_error(ours[i], theirs[i]) for i in ours) < 1e-5
+
+
+def test_detector_on_top_takes_a_training_step() -> None:
+    net, image = ResNet18(), torch.rand(3, 64, 64)
+    pyramid = BackboneWithFPN(net, {f"layer{i}": f"{i}" for i in range(1, 5)}, [64, 128, 256, 512], 256)
+    detector = FasterRCNN(pyramid, num_classes=11, min_size=64, max_size=64)
+    target = {"boxes": torch.tensor([[5.0, 5, 40, 50]]), "labels": torch.tensor([3])}
+    sum(detector([image], [target]).values()).backward()
+    assert net.layer1[0].conv1.weight.grad.any() and "boxes" in detector.eval()([image])[0]
 
 
 def test_trace_export_and_func_work_in_eval_mode(always_fast: None) -> None:

@@ -153,8 +153,7 @@ def test_training_equals_a_loop_written_out(small: Path) -> None:
         row = history[epoch]
         assert (row["image_size"], row["images"], row["train_acc"]) == (size, 55, hits / 55)
         assert row["train_loss"] == pytest.approx(losses[order].mean().item(), rel=1e-5)
-        assert row["learning_rate"] == pytest.approx(rate)
-        assert (losses != before).sum() == 55
+        assert row["learning_rate"] == pytest.approx(rate) and (losses != before).sum() == 55
     checkpoint = train.load(small / "resnet18-001.pt")
     torch.testing.assert_close(checkpoint["model"], net.state_dict())
     torch.testing.assert_close(checkpoint["losses"], losses)
@@ -193,8 +192,7 @@ def test_learns(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     history = train.train("resnet18", 6, h=h)
     assert history[-1]["test_acc"] > 0.25  # guessing gives 0.1
     lines = capsys.readouterr().out.splitlines()
-    threads = torch.get_num_threads()
-    assert lines[0] == f"resnet18, 11,181,642 parameters, {threads} threads, 100 training and 40 test images"
+    assert re.fullmatch(r"resnet18, 11,181,642 parameters, \d threads, 100 training and 40 test images", lines[0])
     for number, (line, row) in enumerate(zip(lines[1:7], history, strict=True), 1):
         numbers = f"test acc: {row['test_acc']:.4f}, train loss: {row['train_loss']:.4f}, 32 px"
         assert re.fullmatch(rf"Epoch {number}, {numbers}, \d+ s, \d:\d\d:\d\d left", line)
