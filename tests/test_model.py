@@ -119,17 +119,14 @@ def test_trace_export_and_func_work_in_eval_mode(always_fast: None) -> None:
     assert relative_error(gradients(net), gradients(reference)) < 1e-3
 
 
-def test_constructors() -> None:
-    assert str(ResNet18()) == str(ResNet18(ResBlk, [2, 2, 2, 2], 10)) == str(ResNet(ResBlk, [2, 2, 2, 2]))
-
-
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (31, 33), (224, 224)])
 @pytest.mark.parametrize("train", [False, True])
 def test_any_image_size(size: tuple[int, int], train: bool, always_fast: None) -> None:
     assert ResNet18().train(train)(torch.randn(2, 3, *size)).shape == (2, 10)
 
 
-def test_he_initialisation() -> None:
+def test_constructors_and_he_initialisation() -> None:
+    assert str(ResNet18()) == str(ResNet18(ResBlk, [2, 2, 2, 2], 10)) == str(ResNet(ResBlk, [2, 2, 2, 2]))
     torch.manual_seed(0)
     weight = ResNet18().layer4[1].conv2.weight
     assert weight.std().item() == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)

@@ -24,14 +24,6 @@ def block(word: str) -> str:
     return found
 
 
-@pytest.fixture
-def trained(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Train a run for the README's lines to use; make its folder the current one."""
-    train.train("resnet18", 1, h=train.Hyperparameters(image_sizes=(48,), batch_size=10, accumulation=1, peak_lr=0.02))
-    monkeypatch.chdir(tmp_path)
-    return small / "resnet18-001.pt"
-
-
 def test_commands(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert COMMANDS == ["--arch resnet18 --epochs 30", "--resume"]
     run, asked = train.train, []
@@ -60,10 +52,13 @@ def test_sweep(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(list(small.glob("*.pt"))) == 3
 
 
-def test_prediction_equals_the_evaluation(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint, (_, images) = train.load(trained), train.load_data(validate=False)
-    net = ResNet18()
-    net.load_state_dict(checkpoint["model"])
+def test_prediction_equals_the_evaluation(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.train("resnet18", 1, h=train.Hyperparameters(image_sizes=(48,), batch_size=10, accumulation=1, peak_lr=0.02))
+    monkeypatch.chdir(tmp_path)
+    net, (_, images) = ResNet18(), train.load_data(validate=False)
+    net.load_state_dict(train.load(small / "resnet18-001.pt")["model"])
     logits = train.evaluate(net, images.pixels, 48)
     for i in (0, 7, 33):
         to_pil_image(images.pixels[i].permute(2, 0, 1)).save("picture.png")
@@ -71,9 +66,6 @@ def test_prediction_equals_the_evaluation(trained: Path, capsys: pytest.CaptureF
         exec(block("Image.open"), names)
         torch.testing.assert_close(names["logits"][0], logits[i], rtol=1e-3, atol=1e-3)
         assert capsys.readouterr().out.splitlines()[-1] == train.CLASSES[logits[i].argmax()]
-    to_pil_image(torch.randint(256, (4, 50, 301), dtype=torch.uint8)).save("picture.png")
-    exec(block("Image.open"), {})
-    assert capsys.readouterr().out.strip() in train.CLASSES
 
 
 def test_imagenet_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from conftest import FAST
+from PIL import Image
 from tiny import assert_equal, saved_state
 from torch import nn
 from torch.nn import functional as F
@@ -161,7 +162,6 @@ def test_training_equals_a_loop_written_out(small: Path) -> None:
     reference.load_state_dict(checkpoint["model"])
     logits = reference(train.to_input(reported.pixels, checkpoint["image_size"]))
     torch.testing.assert_close(train.evaluate(net, reported.pixels, 40), logits.detach(), rtol=1e-3, atol=1e-3)
-    assert checkpoint["image_size"] == 40
     assert history[-1]["test_acc"] == (logits.argmax(1) == reported.labels).sum().item() / 40
 
 
@@ -199,6 +199,17 @@ def test_learns(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classes = [float(line.split()[1].rstrip(",")) for line in lines[8:18]]
     assert sum(classes) / 10 == pytest.approx(history[-1]["test_acc"])
     assert [line.split()[0] for line in lines[8:18]] == train.CLASSES
+
+
+def test_mistakes_are_drawn_by_class_and_confidence(tmp_path: Path) -> None:
+    images, logits = train.Images(noise(40), torch.arange(40) % 10), torch.zeros(40, 10)
+    logits[range(40), [9] * 10 + [3] * 10 + list(range(10)) * 2] = torch.arange(1.0, 41)
+    train.draw_mistakes(logits, images, tmp_path / "x.png", columns=2)
+    picture = v2.functional.pil_to_tensor(Image.open(tmp_path / "x.png"))
+    for label in range(10):  # the images label and label + 10 are taken for 9 and, more surely, for 3
+        for column, i in enumerate(i for i, taken_for in ((label + 10, 3), (label, 9)) if taken_for != label):
+            tile = picture[:, 176 * label + 18 :, 162 * column + 4 :][:, :160:5, :160:5]
+            assert torch.equal(tile, images.pixels[i].permute(2, 0, 1))
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
