@@ -183,7 +183,7 @@ def test_validation_holds_training_images_out_and_leaves_the_test_images_alone(s
     assert sorted(pixels.tolist()) == sorted(everything.pixels.flatten(1).tolist())
     for part in (everything, rest, held_out):  # tiny.make() gives each class a brightness of its own
         assert torch.equal((part.pixels.float().mean((1, 2, 3)) - 49.5).div(15).round(), part.labels.float())
-    history = train.train("resnet18", 1, h=Hyperparameters(image_sizes=(32,), batch_size=9, validate=True))
+    history = train.train("resnet18", 1, h=replace(FAST, image_sizes=(32,), validate=True))
     assert history[0]["images"] == 45 and "val_acc" in history[0] and "test_acc" not in history[0]
 
 
