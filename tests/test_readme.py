@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 import train
 from model import ResNet18
 
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"python train\.py (--[^`\n]*)", README)
@@ -24,7 +25,7 @@ def block(word: str) -> str:
     return found
 
 
-def test_commands(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(small: Path, monkeypatch: Patch, capsys: Capture) -> None:
     assert COMMANDS == ["--arch resnet18 --epochs 30", "--resume"]
     run, asked = train.train, []
 
@@ -33,7 +34,7 @@ def test_commands(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         return run(epochs=2, **options)
 
     monkeypatch.setattr(train, "train", short)
-    assert train.main(COMMANDS[0].split()) == 0 and asked == [30]
+    assert train.main(COMMANDS[0].split()) == 0 and asked == [30] == [run.__defaults__[1]]
     printed = capsys.readouterr().out.splitlines()
     # The README's printed lines have the form of ours, whatever the numbers.
     example = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1].splitlines()
@@ -41,20 +42,16 @@ def test_commands(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert len(forms[0] & forms[1]) >= 2 and "Epoch 1, test acc: " in "".join(example)
     state = torch.load(small / "resnet18-001.pt", weights_only=True)
     torch.save(state | {"epochs": 3}, small / "resnet18-001.pt")
-    assert train.main(COMMANDS[1].split()) == 0
-    assert "Epoch 3, test acc: " in capsys.readouterr().out
+    assert train.main(COMMANDS[1].split()) == 0 and "Epoch 3, test acc: " in capsys.readouterr().out
 
 
-def test_sweep(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep(small: Path, capsys: Capture) -> None:
     exec(block("for lr in").replace("epochs=5", "epochs=1"), {})
     table = re.findall(r"^(0\.\d+): \d\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
-    assert table == ["0.03", "0.05", "0.08"]
-    assert len(list(small.glob("*.pt"))) == 3
+    assert table == ["0.03", "0.05", "0.08"] and len(list(small.glob("*.pt"))) == 3
 
 
-def test_prediction_equals_the_evaluation(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prediction_equals_the_evaluation(small: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     train.train("resnet18", 1, h=train.Hyperparameters(image_sizes=(48,), batch_size=10, accumulation=1, peak_lr=0.02))
     monkeypatch.chdir(tmp_path)
     net, (_, images) = ResNet18(), train.load_data(validate=False)
@@ -68,7 +65,7 @@ def test_prediction_equals_the_evaluation(
         assert capsys.readouterr().out.splitlines()[-1] == train.CLASSES[logits[i].argmax()]
 
 
-def test_imagenet_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_weights(monkeypatch: Patch) -> None:
     made = torchvision.models.resnet18()
     monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: made)
     names: dict = {}
