@@ -211,7 +211,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     train.report(SimpleNamespace(split="test", epochs=2, history=history), tmp_path / "x.pt", logits, images)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "test acc after 2 epochs: 0.3750, of each class:" and "Total time 0:01:10, " in lines[11]
-    assert lines[5] == "  deer       0.2500, most often taken for cat" and texts[2] == "airplane as truck"
+    assert lines[4] == "  cat        0.7500, most often taken for truck" and texts[2] == "airplane as truck"
     picture = v2.functional.pil_to_tensor(Image.open(tmp_path / "x-mistakes.png"))
     for label in range(10):  # the images label, label + 10 and label + 20 are taken for 9 and, more surely, for 3
         mistakes = ((label + 20, 3), (label + 10, 3), (label, 9))
