@@ -49,11 +49,14 @@ class Hyperparameters:
     batch_size: int = 128  # images that go through the network, and are normalised, together
     accumulation: int = 4  # batches whose gradients make one step of the optimizer
     peak_lr: float = 0.05  # learning rate after the warm-up: about the share of a kernel's norm that a step changes
-    other_lr_factor: float = 4.0  # by which the learning rate is higher for all that is no kernel of a convolution
+    bn_lr_factor: float = (
+        4.0  # by which the learning rate is higher for batch normalisation (and the last layer's bias)
+    )
     warmup: float = 0.2  # share of all steps in which the rate rises, linearly, before it falls, linearly, to 0
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
     skip: float = 0.55  # share of the images that an epoch leaves out: those that the network finds easiest
+    full_skip: int = 30  # epochs from which on `skip` is that; shorter runs lack fit and skip less, in proportion
     crop: int = 3  # px by which an image is shifted at most along each axis, reflected at the border
     zoom: int = 4  # px by which the square cut from the images of a batch is at most larger or smaller than they are
     erase: int = 5  # px, the side of the square that is erased from each image
@@ -174,8 +177,8 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon takes no kernels, and works in bfloat16, which is slow on most CPUs.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, other_lr_factor: float, momentum: float) -> None:
-        super().__init__(parameters, {"lr": lr, "other_lr_factor": other_lr_factor, "momentum": momentum})
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, bn_lr_factor: float, momentum: float) -> None:
+        super().__init__(parameters, {"lr": lr, "bn_lr_factor": bn_lr_factor, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -192,7 +195,7 @@ class Muon(torch.optim.Optimizer):
                     update = orthogonalise(rows.flatten(1)).view(rows.shape).permute(0, 3, 1, 2)
                     p.mul_(min(len(p), p[0].numel()) ** 0.5 / p.norm()).sub_(update, alpha=group["lr"])
                 else:
-                    p.sub_(update, alpha=group["lr"] * group["other_lr_factor"])
+                    p.sub_(update, alpha=group["lr"] * (group["bn_lr_factor"] if p.ndim == 1 else 1.0))
 
 
 def learning_rate(done: float, h: Hyperparameters) -> float:
@@ -211,7 +214,7 @@ class Run:
             torch.manual_seed(random_stream(seed).initial_seed())
             # Channels last, because oneDNN convolves it without converting.
             self.model = ResNet(*LAYER_TABLE[arch]).to(memory_format=torch.channels_last)
-        self.optimizer = Muon(self.model.parameters(), h.peak_lr, h.other_lr_factor, h.momentum)
+        self.optimizer = Muon(self.model.parameters(), h.peak_lr, h.bn_lr_factor, h.momentum)
         self.losses = torch.full((image_count,), math.inf)  # of each training image when last seen; inf: comes first
         self.history: list[dict[str, float]] = []  # a row per epoch
 
@@ -238,7 +241,8 @@ class Run:
 def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     """Train `epoch`, counted from 0; return its row of the history. RunError as soon as a loss is not finite."""
     h, model, optimizer, size = run.h, run.model.train(), run.optimizer, run.image_size(epoch)
-    order = choose_images(run.losses, h.skip, random_stream(run.seed, epoch))
+    skip = h.skip * min(1.0, run.epochs / h.full_skip)
+    order = choose_images(run.losses, skip, random_stream(run.seed, epoch))
     # Half of the images are mirrored in one epoch, the others in the next (airbench, arXiv:2404.00498, section 3.6).
     mirror = (torch.rand(len(images.labels), generator=random_stream(run.seed)) < 0.5) ^ (epoch % 2 == 1)
     batches = order.tensor_split(max(1, len(order) // h.batch_size))  # no small last one
@@ -256,8 +260,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
             raise RunError(f"{at}: the loss is {loss.item()}. Lower peak_lr and start a new run.")
         (loss / h.accumulation).backward()
         if (number + 1) % h.accumulation == 0 or number + 1 == len(batches):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr  # the only group
             optimizer.step()
             optimizer.zero_grad()
         run.losses[index] = losses.detach()
@@ -358,8 +361,7 @@ def warn_if_unwritable(path: Path) -> Iterator[None]:
 def tune_process() -> None:
     """Make this process train faster, for good."""
     torch.set_flush_denormal(True)  # denormals are slow; torch's threads inherit this when they start
-    # By default glibc returns each large block to the system and takes it again, page by page: a step at 64 px, batch
-    # 128, took 801 ms so, and 697 ms with its memory kept (2 cores, AVX2).
+    # glibc returns large blocks to the system and takes them again: a step at 64 px took 801 ms so, and 697 ms without.
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself

@@ -12,7 +12,7 @@ import tiny  # noqa: E402
 
 import train  # noqa: E402
 
-FAST = train.Hyperparameters(image_sizes=(32, 40), batch_size=16, accumulation=2, skip=0.5)
+FAST = train.Hyperparameters(image_sizes=(32, 40), batch_size=16, accumulation=2, skip=0.5, full_skip=1)
 
 
 @pytest.fixture(scope="session")

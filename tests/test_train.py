@@ -111,8 +111,8 @@ def test_muon_steps(shape: tuple[int, ...]) -> None:
     kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
     others = [nn.Parameter(p.detach().clone()) for p in (vector, matrix)]
     expected, momentum = kernel.detach().double(), 0.0
-    muon = train.Muon([kernel, vector, matrix], lr=0.1, other_lr_factor=3.0, momentum=0.9)
-    sgd = torch.optim.SGD(others, lr=0.3, momentum=0.9, nesterov=True)
+    muon = train.Muon([kernel, vector, matrix], lr=0.1, bn_lr_factor=3.0, momentum=0.9)
+    sgd = torch.optim.SGD([{"params": others[:1]}, {"params": others[1:], "lr": 0.1}], 0.3, 0.9, nesterov=True)
     for _ in range(4):
         for p in (kernel, vector, matrix):
             p.grad = torch.randn_like(p)
@@ -130,12 +130,12 @@ def test_muon_steps(shape: tuple[int, ...]) -> None:
 def test_training_equals_a_loop_written_out(small: Path) -> None:
     """Three epochs of 55 of 100 images in batches of 19, 18 and 18, two to a step; the losses choose the images."""
     h = replace(plain(crop=2, zoom=3, erase=6), image_sizes=(32, 32, 40), batch_size=16, accumulation=2, skip=0.45)
-    h = replace(h, peak_lr=0.02, other_lr_factor=3.0, momentum=0.8, warmup=0.3, label_smoothing=0.2)
+    h = replace(h, peak_lr=0.02, bn_lr_factor=3.0, momentum=0.8, warmup=0.3, label_smoothing=0.2, full_skip=3)
     history = train.train("resnet18", 3, seed=5, h=h)
     images, reported = train.load_data(validate=False)
     torch.manual_seed(random_stream(5).initial_seed())
     net = ResNet18().to(memory_format=torch.channels_last)
-    muon = train.Muon(net.parameters(), lr=0.0, other_lr_factor=3.0, momentum=0.8)
+    muon = train.Muon(net.parameters(), lr=0.0, bn_lr_factor=3.0, momentum=0.8)
     losses, mirror = torch.full((100,), torch.inf), torch.rand(100, generator=random_stream(5)) < 0.5
     done = iter([1.5 / 9, 2.5 / 9, 4.5 / 9, 5.5 / 9, 7.5 / 9, 8.5 / 9])  # the middle of each step's last batch
     for epoch, size in enumerate((32, 32, 40)):
@@ -188,8 +188,8 @@ def test_validation_holds_training_images_out_and_leaves_the_test_images_alone(s
     assert sorted(pixels.tolist()) == sorted(everything.pixels.flatten(1).tolist())
     for part in (everything, rest, held_out):  # tiny.make() gives each class a brightness of its own
         assert torch.equal((part.pixels.float().mean((1, 2, 3)) - 49.5).div(15).round(), part.labels.float())
-    history = train.train("resnet18", 1, h=replace(FAST, image_sizes=(32,), validate=True))
-    assert history[0]["images"] == 45 and "val_acc" in history[0] and "test_acc" not in history[0]
+    history = train.train("resnet18", 1, h=replace(FAST, image_sizes=(32,), validate=True, full_skip=2))
+    assert history[0]["images"] == 68 and "val_acc" in history[0] and "test_acc" not in history[0]
 
 
 def test_learns(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
