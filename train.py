@@ -49,9 +49,7 @@ class Hyperparameters:
     batch_size: int = 128  # images that go through the network, and are normalised, together
     accumulation: int = 4  # batches whose gradients make one step of the optimizer
     peak_lr: float = 0.05  # learning rate after the warm-up: about the share of a kernel's norm that a step changes
-    bn_lr_factor: float = (
-        4.0  # by which the learning rate is higher for batch normalisation (and the last layer's bias)
-    )
+    bn_lr_factor: float = 4.0  # by which the learning rate is higher for batch normalisation and the last bias
     warmup: float = 0.2  # share of all steps in which the rate rises, linearly, before it falls, linearly, to 0
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
@@ -459,7 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = newest_run(given.get("arch")) if given["resume"] is True else Path(given["resume"])
             if path is None:
                 parser.error("argument --resume: there is no unfinished run to resume")
-            given["resume"], state = path, load(path)
+            given["resume"], state = path, load(path) if len(given) > 1 else {}  # read only if there is what to compare
             for name in given.keys() - {"resume"}:
                 if given[name] != state[name]:
                     parser.error(f"argument --{name}: {path} is a run with {name} {state[name]}")
