@@ -9,6 +9,7 @@ It reads top to bottom in about the order of a run; train() and main(), at the e
 import argparse
 import csv
 import ctypes
+import glob
 import http.client
 import io
 import itertools
@@ -19,10 +20,11 @@ import platform
 import random
 import socket
 import sys
+import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 from tqdm import tqdm
 
@@ -60,6 +62,20 @@ class Hyperparameters:
     erase: int = 5  # px, the side of the square that is erased from each image
     validate: bool = False  # True: hold 5,000 training images out and report on them, to tune without the test images
 
+    def __post_init__(self) -> None:
+        """Make NumPy's numbers plain, because a checkpoint takes no others; RunError for one that cannot work."""
+        for name, value in asdict(self).items():
+            several, kind = name == "image_sizes", type(self).__annotations__[name]
+            given = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+            plain = tuple(map(int if several else kind, given))
+            low, high = LEAST.get(name, 0), MOST.get(name, math.inf)
+            if not plain or list(plain) != given or not low <= min(plain) <= max(plain) <= high:
+                raise RunError(f"Hyperparameters: {name} must be {kind.__name__}, {low} to {high}, not {value}.")
+            object.__setattr__(self, name, plain if several else plain[0])
+
+
+LEAST = {"image_sizes": 1, "batch_size": 2, "accumulation": 1, "full_skip": 1}  # of the others 0
+MOST = {"warmup": 0.99, "momentum": 1, "label_smoothing": 1, "skip": 0.99, "crop": 20, "zoom": 16, "erase": 16}
 
 # All have the same archive, whose MD5 torchvision checks. The original host, the second, is slow: pytorch/vision#9536.
 HOSTS = (
@@ -70,7 +86,7 @@ HOSTS = (
 HOST_TIMEOUT = 30.0  # seconds without a byte until the next host is tried
 DATA = Path(__file__).resolve().parent / "data"
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-CHECKPOINT_FORMAT = 3  # raise it when the keys of a checkpoint change
+CHECKPOINT_FORMAT = 4  # raise it when the keys of a checkpoint change
 MEAN, STD = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]])  # of the training pixels, 0..1, RGB
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # by label
 
@@ -86,18 +102,33 @@ class Images(NamedTuple):
     labels: Tensor
 
 
+def bar_options() -> dict[str, Any]:
+    """Return how tqdm shows progress: a bar where one can be drawn over, elsewhere, as in a file, a line a minute."""
+    console = {"ipykernel", "idlelib"} & sys.modules.keys() or "PYCHARM_HOSTED" in os.environ  # as isatty() can't tell
+    if sys.stderr is None or console or getattr(sys.stderr, "isatty", bool)():
+        return {"leave": False, "disable": sys.stderr is None}
+    return {"mininterval": 60, "delay": 60, "bar_format": "{l_bar}{bar:20}{r_bar}\n"}
+
+
 def download() -> None:
     """Unpack CIFAR-10 in DATA, from the archive there or from the first host that has it; RunError if none has."""
-    log = sys.stderr if sys.stderr and sys.stderr.isatty() else io.StringIO()  # torchvision's bar: terminals only
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(HOST_TIMEOUT)  # torchvision sets none, and would wait for ever
+    log = io.StringIO() if "delay" in bar_options() else sys.stderr  # torchvision's bar: where one can be drawn over
+    archive, timeout = DATA / CIFAR10.filename, socket.getdefaulttimeout()
+    DATA.mkdir(exist_ok=True)
     try:
-        for url in HOSTS:
+        socket.setdefaulttimeout(HOST_TIMEOUT)  # torchvision sets none, and would wait for ever
+        for source in [archive] if (have := check_integrity(archive, CIFAR10.tgz_md5)) else HOSTS:
+            print(f"CIFAR-10 (170 MB) comes from {source}", file=sys.stderr, flush=True)
             try:
-                with redirect_stdout(log), redirect_stderr(log):
-                    return download_and_extract_archive(url, str(DATA), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+                # In a folder of its own, then moved file by file, because two first runs may do this at the same time.
+                with tempfile.TemporaryDirectory(dir=DATA) as own, redirect_stdout(log), redirect_stderr(log):
+                    download_and_extract_archive(source, DATA if have else own, own, archive.name, CIFAR10.tgz_md5)
+                    (DATA / CIFAR10.base_folder).mkdir(exist_ok=True)
+                    for file in [path for path in Path(own).rglob("*") if path.is_file()]:
+                        file.replace(DATA / file.relative_to(own))
+                    return
             except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: say, a wrong MD5
-                print(f"No CIFAR-10 from {url}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+                print(f"No CIFAR-10 from {source}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     finally:
         socket.setdefaulttimeout(timeout)
     raise RunError(f"Put {CIFAR10.filename} (MD5 {CIFAR10.tgz_md5}) into {DATA} by hand and start again.")
@@ -206,8 +237,10 @@ class Run:
     """A run's settings, and all that training changes: what a checkpoint holds."""
 
     def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters, image_count: int) -> None:
-        self.arch, self.epochs, self.seed, self.h = arch, epochs, seed, h
+        self.arch, self.epochs, self.seed, self.h = arch, int(epochs), int(seed), h  # plain, if NumPy's
         self.split = "val" if h.validate else "test"  # what is reported on
+        capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+        self.system = f"torch {torch.__version__}, {capability}, {threads} threads"  # on which the last bits depend
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are the caller's
             torch.manual_seed(random_stream(seed).initial_seed())
             # Channels last, because oneDNN convolves it without converting.
@@ -226,7 +259,7 @@ class Run:
         states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         for_users = {"classes": CLASSES, "mean": MEAN.tolist(), "std": STD.tolist()}
         for_users["image_size"] = self.image_size(max(0, len(self.history) - 1))
-        rest = {"format": CHECKPOINT_FORMAT, "losses": self.losses, "history": self.history}
+        rest = {"format": CHECKPOINT_FORMAT, "system": self.system, "losses": self.losses, "history": self.history}
         return settings | states | for_users | rest
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -244,7 +277,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     # Half of the images are mirrored in one epoch, the others in the next (airbench, arXiv:2404.00498, section 3.6).
     mirror = (torch.rand(len(images.labels), generator=random_stream(run.seed)) < 0.5) ^ (epoch % 2 == 1)
     batches = order.tensor_split(max(1, len(order) // h.batch_size))  # no small last one
-    bar = tqdm(batches, f"Epoch {epoch + 1}", leave=False, disable=sys.stderr is None or not sys.stderr.isatty())
+    bar = tqdm(batches, f"Epoch {epoch + 1}", **bar_options())
     total_loss, hits = 0.0, 0
     for number, index in enumerate(bar):
         draw = random_stream(run.seed, epoch, number)
@@ -281,9 +314,10 @@ def new_path(arch: str) -> Path:
     CHECKPOINTS.mkdir(exist_ok=True)
     for number in itertools.count(1):
         path = CHECKPOINTS / f"{arch}-{number:03d}.pt"
-        with suppress(FileExistsError):
-            path.open("xb").close()
-            return path
+        if not any(CHECKPOINTS.glob(f"{path.stem}[.-]*")):  # nor a table or picture whose checkpoint was deleted
+            with suppress(FileExistsError):
+                path.open("xb").close()
+                return path
 
 
 def newest_run(arch: str | None) -> Path | None:
@@ -303,30 +337,38 @@ def save(run: Run, path: Path) -> None:
     """Write a checkpoint to `path`, which holds the old one whole until the new one is whole; RunError if it can't."""
     content = io.BytesIO()
     torch.save(run.state_dict(), content)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{time.time_ns()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())  # without it a power cut could leave the new name with no content
+        # The rows of another process that goes on with the same run differ, if only in their seconds.
+        if path.exists() and path.stat().st_size and load(path)["history"] != run.history[:-1]:
+            raise RunError(f"Another process goes on with {path}: this one stops.")
+        for _ in range(20):  # two seconds, because on Windows a virus scanner may hold a file for a moment
+            with suppress(PermissionError):
+                return temporary.replace(path)
+            time.sleep(0.1)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if not path.stat().st_size:
+        if path.exists() and not path.stat().st_size:
             path.unlink()  # of a run that could not begin
         raise RunError(f"Cannot save {path}: {error.strerror}. Mend that, then --resume or start again.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
     """Return the checkpoint in `path`, without running code that may be in it; RunError if it is not one of ours."""
     try:
         with path.open("rb") as file:
-            whole = zipfile.is_zipfile(file)  # on other files torch.load fails in more ways than it documents
+            whole = path.suffix == ".pt" and zipfile.is_zipfile(file)  # else torch.load fails in undocumented ways
         state = torch.load(path, map_location="cpu", weights_only=True) if whole else None
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError):
         state = None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise RunError(f"{path} is damaged, or no checkpoint of this train.py (format {CHECKPOINT_FORMAT}).")
+        raise RunError(f"{path} is damaged, or no checkpoint (.pt) of this train.py (format {CHECKPOINT_FORMAT}).")
     return state
 
 
@@ -341,19 +383,9 @@ def draw_mistakes(logits: Tensor, images: Images, path: Path, columns: int = 8) 
         pictures = F.interpolate(images.pixels[worst].permute(0, 3, 1, 2), (side, side))
         box = torch.tensor([[0, 0, side - 1, strip - 1]])
         for picture, other in zip(F.pad(pictures, (0, 0, strip, 0), value=255), taken_for[worst], strict=True):
-            text = [f"{name} as {CLASSES[other]}"]
-            tiles.append(draw_bounding_boxes(picture, box, text, colors="black"))
+            tiles.append(draw_bounding_boxes(picture, box, [f"{name} as {CLASSES[other]}"], colors="black"))
         tiles += [torch.full((3, side + strip, side), 255, dtype=torch.uint8)] * (columns - len(worst))
     save_image(make_grid(tiles, nrow=columns, pad_value=255) / 255, path)
-
-
-@contextmanager
-def warn_if_unwritable(path: Path) -> Iterator[None]:
-    """Let a failure to write `path`, open elsewhere or on a full disk, cost a line, not the run."""
-    try:
-        yield
-    except OSError as error:
-        print(f"Cannot write {path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def tune_process() -> None:
@@ -377,8 +409,11 @@ def fit(run: Run, path: Path, training: Images, reported: Images) -> Tensor:
         row["seconds"] = seconds = time.perf_counter() - start
         run.history.append(row)
         save(run, path)
-        with warn_if_unwritable(table), table.open("w", newline="") as file:
-            csv.writer(file).writerows([row.keys(), *(past.values() for past in run.history)])
+        try:
+            with table.open("w", newline="") as file:
+                csv.writer(file).writerows([row.keys(), *(past.values() for past in run.history)])
+        except OSError as error:  # open elsewhere, say: this costs a line, not the run
+            print(f"Cannot write {table}: {error.strerror}", file=sys.stderr, flush=True)
         # 1.6: at 64 and 96 px an epoch took 2.5 to 3.0 and 5.0 to 6.5 times as long as at 32, by machine and hour.
         left = sum((run.image_size(e) / size) ** 1.6 for e in range(epoch + 1, run.epochs)) * seconds
         line = f"Epoch {epoch + 1}, {run.split} acc: {accuracy:.4f}, train loss: {row['train_loss']:.4f}, {size} px"
@@ -400,8 +435,10 @@ def report(run: Run, path: Path, logits: Tensor, reported: Images) -> None:
         mistakes = f", most often taken for {CLASSES[counts.argmax()]}" if counts.any() else ""
         print(f"  {name:<10} {accuracy:.4f}{mistakes}")
     pictures = path.with_name(f"{path.stem}-mistakes.png")
-    with warn_if_unwritable(pictures):
+    try:
         draw_mistakes(logits, reported, pictures)
+    except OSError as error:
+        print(f"Cannot write {pictures}: {error.strerror}", file=sys.stderr, flush=True)
     total = timedelta(seconds=round(sum(row["seconds"] for row in run.history)))
     print(f"Total time {total}, mistakes in {pictures}, checkpoint in {path}", flush=True)
 
@@ -410,11 +447,12 @@ def train(
     arch: str = "resnet18",
     epochs: int = 30,
     seed: int = 0,
-    h: Hyperparameters = Hyperparameters(),
+    h: Hyperparameters | None = None,
     resume: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train a new run, or go on with the checkpoint `resume` as it was set; return the history, a row per epoch."""
-    state = load(Path(resume)) if resume else None
+    h = h or Hyperparameters()
+    state = load(path := Path(resume).resolve()) if resume else None  # of a link it is the target that goes on
     if state:
         arch, epochs, seed = state["arch"], state["epochs"], state["seed"]
         here = asdict(Hyperparameters())  # the user may have edited, added and removed some since
@@ -424,18 +462,25 @@ def train(
             print(f"The run keeps its own hyperparameters where the script's have changed: {own}", file=sys.stderr)
     training, reported = load_data(h.validate)
     run = Run(arch, epochs, seed, h, len(training.labels))
-    path = Path(resume) if resume else new_path(arch)
     if state:
+        for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a save that was killed
+            leftover.unlink(missing_ok=True)
         run.load_state_dict(state)
+        if state["system"] != run.system:
+            print(f"Not bit for bit as without the stop: {state['system']}, now {run.system}", file=sys.stderr)
     else:
+        path = new_path(arch)
         save(run, path)  # so that a run killed in its first epoch resumes, and a full disk shows at once
     try:
-        parameters, threads = sum(p.numel() for p in run.model.parameters()), torch.get_num_threads()
+        parameters = sum(p.numel() for p in run.model.parameters())
         counts = f"{len(training.labels):,} training and {len(reported.labels):,} {run.split} images"
-        print(f"{arch}, {parameters:,} parameters, {threads} threads, {counts}", flush=True)
+        print(f"{arch}, {parameters:,} parameters, {torch.get_num_threads()} threads, {counts}", flush=True)
         report(run, path, fit(run, path, training, reported), reported)
-    except (KeyboardInterrupt, BrokenPipeError) as stop:
-        raise type(stop)(f'Go on with --resume "{path}"') from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f'Go on with --resume "{path}"') from None
+    except OSError as error:  # of a print(), because for files it is seen to: nobody reads on, or the disk is full
+        sys.stdout = None  # else Python tries once more at exit, and fails
+        raise RunError(f'Cannot print: {error.strerror}. Go on with --resume "{path}"') from error
     return run.history
 
 
@@ -462,14 +507,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if given[name] != state[name]:
                     parser.error(f"argument --{name}: {path} is a run with {name} {state[name]}")
         train(**given)
-    except KeyboardInterrupt as interrupt:
-        print(f"Interrupted. {interrupt}".strip(), file=sys.stderr)
-        return 130
-    except BrokenPipeError as stop:
-        # Nobody reads on, as in "| head": what was saved stays, and the last flush at exit must not fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"{parser.prog}: standard output was closed. {stop}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        sys.tracebacklimit = 0  # Python prints its line, and ends by the signal, which also ends a loop in the shell
+        raise
     except (RunError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

@@ -2,17 +2,24 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import socketserver
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from math import nan
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -33,6 +40,17 @@ def main(capsys: Capture, *arguments: object) -> tuple[object, str, list[str]]:
         status = stop.code
     out, err = capsys.readouterr()
     return status, out, err.splitlines()
+
+
+def fork(action: Callable[[], object]) -> int:
+    """Run `action` in a process of its own, whose number is returned; it exits with 0 if the action ends well."""
+    if not (child := os.fork()):
+        try:
+            torch.set_num_threads(1)
+            action()
+        finally:
+            os._exit(sys.exc_info()[0] is not None)
+    return child
 
 
 @pytest.fixture
@@ -67,6 +85,11 @@ CHECKPOINTS = {
     "folder": lambda path: (path.unlink(), path.mkdir()),
     "other format": lambda path: torch.save(FINISHED | {"format": 99}, path),
 }
+NAMES = [
+    "resnet18-001.csv",
+    "resnet18-001.bak",
+    "resnet18-001.pt.1.tmp",
+]  # a run's table, a copy, a save that was killed
 
 
 @pytest.mark.parametrize("case", [*ARGUMENTS, *CHECKPOINTS])
@@ -77,6 +100,35 @@ def test_wrong_arguments_and_bad_checkpoints(case: str, finished: Path, capsys: 
     assert out == "" and set(finished.parent.glob("*.pt")) <= {finished}
     assert status == 2 if case in ARGUMENTS else (status == 1 and len(err) == 1)
     assert ARGUMENTS.get(case, str(finished)) in err[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_file_of_another_name_is_resumed(name: str, finished: Path, capsys: Capture) -> None:
+    torch.save(FINISHED | {"epochs": 2}, finished.with_name(name))
+    before = {path: path.read_bytes() for path in finished.parent.iterdir()}
+    status, out, err = main(capsys, "--resume", finished.with_name(name))
+    assert status == 1 and out == "" and len(err) == 1 and f"{name} is damaged, or no checkpoint (.pt) of" in err[0]
+    assert {path: path.read_bytes() for path in finished.parent.iterdir()} == before
+
+
+WRONG = {"batch_size": (0, 1, 2.5), "image_sizes": ((), (32, 0)), "warmup": (1, -0.1), "skip": (1,), "peak_lr": (nan,)}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name]])
+def test_hyperparameters_that_cannot_work(name: str, value: object, small: Path, capsys: Capture) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # as a user would edit the script
+        patch.setattr(train.Hyperparameters.__init__, "__defaults__", tuple((asdict(FAST) | {name: value}).values()))
+        status, out, err = main(capsys, "--epochs", 1)
+    assert status == 1 and out == "" and not small.exists()
+    assert len(err) == 1 and f"Hyperparameters: {name} must be " in err[0] and err[0].endswith(f", not {value}.")
+
+
+def test_numpys_numbers_in_a_sweep(small: Path) -> None:
+    h = replace(FAST, peak_lr=np.linspace(0.01, 0.02, 3)[1], batch_size=np.int64(50), image_sizes=np.array([32, 40]))
+    assert (h.peak_lr, h.image_sizes) == (0.015, (32, 40)) and type(h.peak_lr) is float and type(h.batch_size) is int
+    train.train("resnet18", *np.array([1, 5]), h=h)
+    state = train.load(small / "resnet18-001.pt")
+    assert (state["epochs"], state["seed"], state["hyperparameters"]) == (1, 5, asdict(h))
 
 
 def test_finished_run_resumed(finished: Path, capsys: Capture, monkeypatch: Patch) -> None:
@@ -101,6 +153,18 @@ def test_resumed_run_keeps_its_hyperparameters_though_the_script_was_edited(fini
     assert hyperparameters == asdict(FAST) and [row["image_size"] for row in history] == [40, 40]
 
 
+def test_resumed_through_a_link_and_on_another_system(finished: Path, tmp_path: Path, capsys: Capture) -> None:
+    torch.save(FINISHED | {"epochs": 2, "system": "torch 1.0"}, finished)
+    (link := tmp_path / "latest.pt").symlink_to(finished)
+    status, out, err = main(capsys, "--resume", link)
+    assert status == 0 and link.is_symlink() and list(tmp_path.glob("latest*")) == [link] and str(finished) in out
+    assert len(train.load(finished)["history"]) == 2 and finished.with_suffix(".csv").exists()
+    here = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    assert (
+        f"Not bit for bit as without the stop: torch 1.0, now {here}" in err and train.load(finished)["system"] == here
+    )
+
+
 def test_bare_resume_takes_the_unfinished_run_saved_last(finished: Path, capsys: Capture, monkeypatch: Patch) -> None:
     asked = []
     monkeypatch.setattr(train, "train", lambda **given: asked.append(given["resume"].stem))
@@ -119,6 +183,45 @@ def test_runs_that_start_at_the_same_moment(small: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(train.new_path, ["resnet18"] * 40))
     assert sorted(path.name for path in paths) == [f"resnet18-{i:03d}.pt" for i in range(1, 41)]
+    paths[7].rename(paths[7].with_suffix(".csv"))  # only the checkpoint was deleted: its table stays
+    assert train.new_path("resnet18").name == "resnet18-041.pt"
+
+
+def test_two_processes_on_one_run(finished: Path, monkeypatch: Patch) -> None:
+    torch.save(FINISHED | {"epochs": 3}, finished)
+    evaluate, others = train.evaluate, [finished]
+
+    def after_another_process(*arguments: Any) -> torch.Tensor:
+        if others:
+            train.train(resume=others.pop())
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", after_another_process)
+    with pytest.raises(
+        train.RunError, match=f"^Another process goes on with {re.escape(str(finished))}: this one stops"
+    ):
+        train.train(resume=finished)
+    assert len(train.load(finished)["history"]) == 3 and not list(finished.parent.glob("*.tmp"))
+
+
+def test_file_held_for_a_moment(finished: Path, monkeypatch: Patch) -> None:
+    run, held, replaced = train.Run("resnet18", 3, 0, FAST, 100), [True] * 3, Path.replace
+    run.history = [*FINISHED["history"], {"seconds": 1.0}]
+
+    def replace_file(path: Path, target: Path) -> Path:
+        if held and held.pop():
+            raise PermissionError(13, "Permission denied")
+        return replaced(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_file)
+    train.save(run, finished)
+    assert train.load(finished)["history"] == run.history and not held
+    held += [True] * 99
+    run.history.append({})
+    monkeypatch.setattr(time, "sleep", lambda seconds: held.remove(True))
+    with pytest.raises(train.RunError, match="Cannot save .*Permission denied"):
+        train.save(run, finished)
+    assert len(train.load(finished)["history"]) == 2 and not list(finished.parent.glob("*.tmp"))
 
 
 def test_loss_that_is_not_finite(small: Path) -> None:
@@ -129,12 +232,13 @@ def test_loss_that_is_not_finite(small: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [7, 49, 1000])  # of 50 images; one left alone could not be normalised
-def test_run_leaves_the_process_as_it_was(batch_size: int, small: Path, capsys: Capture) -> None:
+def test_run_leaves_the_process_as_it_was(batch_size: int, small: Path, capsys: Capture, monkeypatch: Patch) -> None:
     def process() -> list[object]:
         return [torch.get_rng_state().tolist(), random.getstate(), socket.getdefaulttimeout(), torch.get_num_threads()]
 
-    for path in (paths := [small / "resnet18-001.csv", small / "resnet18-001-mistakes.png"]):
+    for path in (paths := [small / "a.csv", small / "a-mistakes.png"]):
         path.mkdir(parents=True)
+    monkeypatch.setattr(train, "new_path", lambda arch: small / "a.pt")
     socket.setdefaulttimeout(None), torch.manual_seed(7)  # other tests left what train() would set
     before = process()
     (row,) = train.train("resnet18", 1, h=replace(FAST, image_sizes=(32,), batch_size=batch_size))
@@ -150,6 +254,7 @@ def test_bad_hosts_and_data(small: Path, tmp_path: Path, capsys: Capture, monkey
         "portal": (b"200 OK\r\nContent-Type: text/html\r\n\r\n<html>Log in</html>", "corrupted"),
         "circle": (b"302 Found\r\nLocation: /circle\r\n\r\n", "redirect"),
         "stalled": (b"200 OK\r\nContent-Length: 9999\r\n\r\n", "timed out"),
+        "reset": (b"200 OK\r\nContent-Length: 9999\r\n\r\n", "reset"),  # while the body arrives
         "moved": (b"301 Moved\r\nLocation: /good\r\n\r\n", ""),
         "good": (b"200 OK\r\n\r\n" + (train.DATA / train.CIFAR10.filename).read_bytes(), ""),
     }
@@ -158,6 +263,8 @@ def test_bad_hosts_and_data(small: Path, tmp_path: Path, capsys: Capture, monkey
         name = request.recv(9999).split()[1][1:].decode()
         request.sendall(b"HTTP/1.0 " + hosts[name][0])
         time.sleep(2 * (name == "stalled"))
+        if name == "reset":
+            request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)), request.close()
 
     monkeypatch.setattr(train, "HOST_TIMEOUT", 0.5)
     monkeypatch.setattr(train, "DATA", tmp_path / "data")
@@ -170,14 +277,59 @@ def test_bad_hosts_and_data(small: Path, tmp_path: Path, capsys: Capture, monkey
         monkeypatch.setattr(train, "HOSTS", [bad[0], moved])
         retried = main(capsys, "--epochs", 1)
         server.shutdown()
-    assert status == 1 and out == "" and len(err) == len(bad) + 1 and socket.getdefaulttimeout() is None
-    for line, url, (_, answer) in zip(err, bad, hosts.values(), strict=False):
+    assert status == 1 and out == "" and len(err) == 2 * len(bad) + 1 and socket.getdefaulttimeout() is None
+    for asked, line, url, (_, answer) in zip(err[::2], err[1::2], bad, hosts.values(), strict=False):
+        assert asked == f"CIFAR-10 (170 MB) comes from {url}"
         assert line.startswith(f"No CIFAR-10 from {url}: ") and answer in line
     assert all(part in err[-1] for part in (train.CIFAR10.filename, train.CIFAR10.tgz_md5, str(train.DATA), "by hand"))
-    assert retried[0] == 0 and "\nEpoch 1, test acc: " in retried[1] and retried[2] == err[:1]
+    assert (
+        retried[0] == 0
+        and "\nEpoch 1, test acc: " in retried[1]
+        and retried[2] == [*err[:2], f"CIFAR-10 (170 MB) comes from {moved}"]
+    )
     for name in ("data_batch_3", "batches.meta"):  # mended by the archive at hand, as no host answers by now
         (train.DATA / train.CIFAR10.base_folder / name).write_bytes(b"damaged")
         assert [len(part.labels) for part in train.load_data(validate=False)] == [100, 40]
+    assert {path.name for path in train.DATA.iterdir()} == {train.CIFAR10.filename, train.CIFAR10.base_folder}
+
+
+@linux
+def test_two_first_runs_download_at_once(small: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    archive = (train.DATA / train.CIFAR10.filename).read_bytes()
+
+    def handle(request: socket.socket, *_: object) -> None:
+        request.recv(9999), request.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+        for start in range(0, len(archive), len(archive) // 20):  # in 0.2 s
+            request.sendall(archive[start : start + len(archive) // 20]), time.sleep(0.01)
+
+    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handle) as server:
+        monkeypatch.setattr(train, "HOSTS", [f"http://127.0.0.1:{server.server_address[1]}/"])
+        host, *children = [fork(server.serve_forever), *(fork(lambda: train.load_data(False)) for _ in range(4))]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+        os.kill(host, signal.SIGKILL), os.waitpid(host, 0)
+    assert {path.name for path in train.DATA.iterdir()} == {train.CIFAR10.filename, train.CIFAR10.base_folder}
+    assert [len(part.labels) for part in train.load_data(validate=False)] == [100, 40]
+
+
+def test_streams_that_are_no_files_of_the_system(small: Path, monkeypatch: Patch) -> None:
+    out, err = [], []
+    for name, written in {"stdout": out, "stderr": err}.items():  # as in IDLE, in Spyder and in many a notebook
+        monkeypatch.setattr(sys, name, SimpleNamespace(write=written.append, flush=lambda: None))
+    monkeypatch.setattr(train, "Hyperparameters", lambda: FAST)
+    assert train.main(["--epochs", "1"]) == 0 and "Epoch 1, test acc: " in "".join(out) and not err
+    for console in ("PYCHARM_HOSTED", "ipykernel", "idlelib"):
+        with monkeypatch.context() as patch:
+            patch.setitem(os.environ if console.isupper() else sys.modules, console, "1")
+            train.train(epochs=1)
+            assert "\rEpoch 1:   0%" in err[0] and "\n" not in "".join(err)
+        err.clear()
+    options = train.bar_options()
+    assert options["mininterval"] == options["delay"] == 60
+    monkeypatch.setattr(train, "bar_options", lambda: options | {"mininterval": 0, "delay": 1e-9})  # a minute is over
+    train.train(epochs=1)
+    lines = "".join(err).split("\n")
+    assert len(lines) > 3 and all(re.match(r"\rEpoch 1: +\d+%.*loss|$", line) for line in lines)
 
 
 @pytest.mark.parametrize("name", ["DATA", "CHECKPOINTS"])
@@ -205,16 +357,19 @@ def test_disk_full_closed_output_and_interrupt(project: Path) -> None:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 1 and "resnet18-001.pt: File too large" in err and err.count("\n") == 1
         assert "Epoch" not in out and list(path.parent.iterdir()) == left
+    out, err = start(project, "--resume > /dev/full").communicate(timeout=120)
+    assert "Cannot print: No space left on device. Go on with --resume" in err and err.count("\n") == 1
     process = start(project, "--resume")
     assert process.stdout.readline().startswith("resnet18, ") and not process.stdout.close()
-    assert "standard output was closed" in (err := process.stderr.read()) and err.endswith('resnet18-001.pt"\n')
+    assert "Cannot print: Broken pipe. Go on" in (err := process.stderr.read()) and err.endswith('resnet18-001.pt"\n')
     assert err.count("\n") == process.wait(120) == 1
     process = start(project, "--resume")
     assert [process.stdout.readline()[:9] for _ in range(2)] == ["resnet18,", "Epoch 2, "]
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err.startswith('Interrupted. Go on with --resume "') and err.count("\n") == 1
-    assert err.endswith('lauf/checkpoints/resnet18-001.pt"\n')
+    # Ended by the signal: a shell's loop over seeds ends too.
+    assert process.returncode == -signal.SIGINT and err.startswith('KeyboardInterrupt: Go on with --resume "')
+    assert err.count("\n") == 1 and err.endswith('lauf/checkpoints/resnet18-001.pt"\n')
     assert start(project, "--resume >&- 2>&-").wait(120) == 0
     out, err = start(project, f'--resume "{path}"').communicate(timeout=120)
     assert err == "" and "is finished" in out and "test acc after 3 epochs" in out and "Fr\\xfch lauf" in out
@@ -225,19 +380,16 @@ def test_disk_full_closed_output_and_interrupt(project: Path) -> None:
 def test_killed_at_any_moment(small: Path) -> None:
     whole, path = small / "resnet18-001.pt", small / "resnet18-002.pt"
     path.parent.mkdir()
-    path.with_name(f"{path.name}.tmp").write_text("half a checkpoint, of a save that was killed")
     for turn in range(8):  # in turn 0 a run is left alone, in turns 1 to 6 a second one is killed
-        if not (child := os.fork()):
-            try:
-                torch.set_num_threads(1)
-                train.train("resnet18", 4, h=FAST, resume=path if path.exists() else None)
-            finally:
-                os._exit(sys.exc_info()[0] is not None)
+        child = fork(lambda: train.train("resnet18", 4, h=FAST, resume=path if path.exists() else None))
         if kill := 1 <= turn <= 6:
             time.sleep(random.uniform(0, 1.5 * train.load(whole)["history"][-1]["seconds"]))
             os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] in ((0, signal.SIGKILL) if kill else (0,))
         if path.exists() and not path.stat().st_size:
-            path.unlink()  # it never began
+            for file in small.glob("resnet18-002*"):  # it never began
+                file.unlink()
+        if path.exists() and turn < 7:
+            path.with_name(f"{path.name}.{turn}.tmp").write_text("half a checkpoint, of a save that was killed")
     tiny.assert_equal(tiny.saved_state(path), tiny.saved_state(whole))
     assert not list(small.glob("*.tmp"))

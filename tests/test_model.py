@@ -70,7 +70,7 @@ def test_equals_torchvision(ours: Callable[[], ResNet], theirs: str, size: int, 
     )
     assert relative_error(double, reference_double) < 1e-9
     # In float32, where the fast convolutions are at work, rounding alone turns a ReLU on or off here and there.
-    assert relative_error(single, reference_single) < 0.02
+    assert relative_error(single, reference_single) < 0.03
     net.eval(), reference.eval()
     with torch.no_grad():
         assert relative_error(net(x), reference(x)) < 1e-5
