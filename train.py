@@ -2,11 +2,13 @@
 
     python train.py --arch resnet18 --epochs 30
     python train.py --resume
+    torchrun --nproc-per-node 2 train.py
 
 It reads top to bottom in about the order of a run; train() and main(), at the end, call it all.
 """
 
 import argparse
+import atexit
 import csv
 import ctypes
 import glob
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -31,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
@@ -70,11 +72,14 @@ class Hyperparameters:
             plain = tuple(map(int if several else kind, given))
             low, high = LEAST.get(name, 0), MOST.get(name, math.inf)
             if not plain or list(plain) != given or not low <= min(plain) <= max(plain) <= high:
-                raise RunError(f"Hyperparameters: {name} must be {kind.__name__}, {low} to {high}, not {value}.")
+                limits = f"{kind.__name__}, {low} to {high}" + f", for {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
+                raise RunError(f"Hyperparameters: {name} must be {limits}, not {value}.")
             object.__setattr__(self, name, plain if several else plain[0])
 
 
-LEAST = {"image_sizes": 1, "batch_size": 2, "accumulation": 1, "full_skip": 1}  # of the others 0
+# Which of how many processes this is, as torchrun says: they share out batches, and the first alone prints and writes.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LEAST = {"image_sizes": 1, "batch_size": 2, "accumulation": WORLD_SIZE, "full_skip": 1}  # of the others 0
 MOST = {"warmup": 0.99, "momentum": 1, "label_smoothing": 1, "skip": 0.99, "crop": 20, "zoom": 16, "erase": 16}
 
 # All have the same archive, whose MD5 torchvision checks. The original host, the second, is slow: pytorch/vision#9536.
@@ -105,8 +110,10 @@ class Images(NamedTuple):
 def bar_options() -> dict[str, Any]:
     """Return how tqdm shows progress: a bar where one can be drawn over, elsewhere, as in a file, a line a minute."""
     console = {"ipykernel", "idlelib"} & sys.modules.keys() or "PYCHARM_HOSTED" in os.environ  # as isatty() can't tell
-    if sys.stderr is None or console or getattr(sys.stderr, "isatty", bool)():
-        return {"leave": False, "disable": sys.stderr is None}
+    if RANK or sys.stderr is None:
+        return {"disable": True}
+    if console or getattr(sys.stderr, "isatty", bool)():
+        return {"leave": False}
     return {"mininterval": 60, "delay": 60, "bar_format": "{l_bar}{bar:20}{r_bar}\n"}
 
 
@@ -146,6 +153,23 @@ def load_data(validate: bool) -> tuple[Images, Images]:
         held_out = torch.arange(len(training.labels)) % 10 == 0
         training, reported = (Images(training.pixels[part], training.labels[part]) for part in (~held_out, held_out))
     return training, reported
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """Return, in every process, what make() returns in the first, which alone calls it; if it fails there, all end."""
+    made: list[tuple | None] = [None]
+    try:
+        made = [None if RANK else (make(),)]
+    finally:
+        if WORLD_SIZE > 1:
+            distributed.broadcast_object_list(made)
+    return made[0][0] if made[0] else sys.exit(1)
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor, in every process, by its sum over the processes."""
+    for tensor in tensors if WORLD_SIZE > 1 else []:
+        distributed.all_reduce(tensor)
 
 
 def random_stream(*key: int) -> torch.Generator:
@@ -239,8 +263,10 @@ class Run:
     def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters, image_count: int) -> None:
         self.arch, self.epochs, self.seed, self.h = arch, int(epochs), int(seed), h  # plain, if NumPy's
         self.split = "val" if h.validate else "test"  # what is reported on
-        capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-        self.system = f"torch {torch.__version__}, {capability}, {threads} threads"  # on which the last bits depend
+        threads = torch.get_num_threads()
+        self.threads = f"{threads} threads" if WORLD_SIZE == 1 else f"{WORLD_SIZE} processes of {threads} threads"
+        # The last bits of all results depend on these.
+        self.system = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {self.threads}"
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are the caller's
             torch.manual_seed(random_stream(seed).initial_seed())
             # Channels last, because oneDNN convolves it without converting.
@@ -277,36 +303,45 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     # Half of the images are mirrored in one epoch, the others in the next (airbench, arXiv:2404.00498, section 3.6).
     mirror = (torch.rand(len(images.labels), generator=random_stream(run.seed)) < 0.5) ^ (epoch % 2 == 1)
     batches = order.tensor_split(max(1, len(order) // h.batch_size))  # no small last one
-    bar = tqdm(batches, f"Epoch {epoch + 1}", **bar_options())
-    total_loss, hits = 0.0, 0
-    for number, index in enumerate(bar):
-        draw = random_stream(run.seed, epoch, number)
-        x, labels = to_input(augment(images.pixels, index, mirror[index], h, draw), size), images.labels[index]
-        logits = model(x)
-        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=h.label_smoothing)
-        loss = losses.mean()
-        lr = learning_rate((epoch + (number + 0.5) / len(batches)) / run.epochs, h)
-        if not loss.isfinite():
-            at = f"Epoch {epoch + 1}, batch {number + 1} of {len(batches)}, learning rate {lr:.3g}"
-            raise RunError(f"{at}: the loss is {loss.item()}. Lower peak_lr and start a new run.")
-        (loss / h.accumulation).backward()
-        if (number + 1) % h.accumulation == 0 or number + 1 == len(batches):
-            optimizer.param_groups[0]["lr"] = lr  # the only group
-            optimizer.step()
-            optimizer.zero_grad()
-        run.losses[index] = losses.detach()
-        total_loss += loss.item() * len(index)
-        hits += (logits.argmax(1) == labels).sum().item()
-        bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
-    means = {"train_loss": total_loss / len(order), "train_acc": hits / len(order)}
+    seen, sums = torch.zeros(len(run.losses)), torch.zeros(2, dtype=torch.float64)  # losses by image; loss and hits
+    for first in tqdm(range(0, len(batches), h.accumulation), f"Epoch {epoch + 1}", **bar_options()):
+        step = range(len(batches))[first : first + h.accumulation]
+        lr = learning_rate((epoch + (step[-1] + 0.5) / len(batches)) / run.epochs, h)
+        for number in step[RANK::WORLD_SIZE]:
+            index, draw = batches[number], random_stream(run.seed, epoch, number)
+            x, labels = to_input(augment(images.pixels, index, mirror[index], h, draw), size), images.labels[index]
+            logits = model(x)
+            losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=h.label_smoothing)
+            if not losses.isfinite().all():
+                at = f"Epoch {epoch + 1}, batch {number + 1} of {len(batches)}, learning rate {lr:.3g}"
+                raise RunError(f"{at}: the loss is {losses.mean().item()}. Lower peak_lr and start a new run.")
+            (losses.mean() / h.accumulation).backward()
+            seen[index] = losses.detach()
+            sums += torch.stack([seen[index].sum(), (logits.argmax(1) == labels).sum()])
+        for p in model.parameters() if WORLD_SIZE > 1 else []:  # None: no batch of this step fell to this process
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        add_up(p.grad for p in model.parameters())
+        optimizer.param_groups[0]["lr"] = lr  # the only group
+        optimizer.step()
+        optimizer.zero_grad()
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # of batch normalisation
+    add_up([seen, sums, *statistics])
+    for statistic in statistics:
+        statistic /= WORLD_SIZE
+    run.losses[order] = seen[order]
+    means = {"train_loss": sums[0].item() / len(order), "train_acc": sums[1].item() / len(order)}
     return {"image_size": size, "images": len(order), "learning_rate": lr, **means}
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, pixels: Tensor, size: int) -> Tensor:
-    """Return the logits, float32 (N, classes), of pixels, uint8 (N, H, W, 3), at `size`; sets eval mode."""
+    """Return the logits, float32 (N, 10), of pixels, uint8 (N, H, W, 3), at `size`; sets eval mode."""
     model.eval()
-    return torch.cat([model(to_input(batch, size)) for batch in pixels.split(250)])
+    logits = torch.zeros(len(pixels), len(CLASSES))
+    for part in torch.arange(len(pixels)).split(250)[RANK::WORLD_SIZE]:
+        logits[part] = model(to_input(pixels[part], size))
+    add_up([logits])
+    return logits
 
 
 def new_path(arch: str) -> Path:
@@ -408,6 +443,8 @@ def fit(run: Run, path: Path, training: Images, reported: Images) -> Tensor:
         row[f"{run.split}_acc"] = accuracy = (logits.argmax(1) == reported.labels).sum().item() / len(logits)
         row["seconds"] = seconds = time.perf_counter() - start
         run.history.append(row)
+        if RANK:
+            continue
         save(run, path)
         try:
             with table.open("w", newline="") as file:
@@ -451,31 +488,39 @@ def train(
     resume: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train a new run, or go on with the checkpoint `resume` as it was set; return the history, a row per epoch."""
-    h = h or Hyperparameters()
-    state = load(path := Path(resume).resolve()) if resume else None  # of a link it is the target that goes on
+    if WORLD_SIZE > 1 and not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+        atexit.register(distributed.destroy_process_group)  # else a process that ends before the others aborts
+    h = from_first(lambda: h or Hyperparameters())
+    path = from_first(lambda: Path(resume).resolve()) if resume else None  # of a link it is the target that goes on
+    state = from_first(lambda: load(path)) if resume else None
     if state:
         arch, epochs, seed = state["arch"], state["epochs"], state["seed"]
         here = asdict(Hyperparameters())  # the user may have edited, added and removed some since
         saved = {name: value for name, value in state["hyperparameters"].items() if name in here}
-        h = Hyperparameters(**saved)
-        if own := {name: value for name, value in saved.items() if value != here[name]}:
+        h = from_first(lambda: Hyperparameters(**saved))
+        if not RANK and (own := {name: value for name, value in saved.items() if value != here[name]}):
             print(f"The run keeps its own hyperparameters where the script's have changed: {own}", file=sys.stderr)
-    training, reported = load_data(h.validate)
+    training, reported = from_first(lambda: load_data(h.validate))
     run = Run(arch, epochs, seed, h, len(training.labels))
     if state:
+        run.load_state_dict(state)
+    else:
+        path = from_first(lambda: new_path(arch))
+    if state and not RANK:
         for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a save that was killed
             leftover.unlink(missing_ok=True)
-        run.load_state_dict(state)
         if state["system"] != run.system:
             print(f"Not bit for bit as without the stop: {state['system']}, now {run.system}", file=sys.stderr)
-    else:
-        path = new_path(arch)
+    elif not RANK:
         save(run, path)  # so that a run killed in its first epoch resumes, and a full disk shows at once
     try:
         parameters = sum(p.numel() for p in run.model.parameters())
         counts = f"{len(training.labels):,} training and {len(reported.labels):,} {run.split} images"
-        print(f"{arch}, {parameters:,} parameters, {torch.get_num_threads()} threads, {counts}", flush=True)
-        report(run, path, fit(run, path, training, reported), reported)
+        print(f"{arch}, {parameters:,} parameters, {run.threads}, {counts}", flush=True)
+        logits = fit(run, path, training, reported)
+        if not RANK:
+            report(run, path, logits, reported)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f'Go on with --resume "{path}"') from None
     except OSError as error:  # of a print(), because for files it is seen to: nobody reads on, or the disk is full
@@ -497,8 +542,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the console has not
     tune_process()
+    if RANK:
+        sys.stdout = None
     try:
-        if "resume" in given:
+        if "resume" in given and not RANK:
             path = newest_run(given.get("arch")) if given["resume"] is True else Path(given["resume"])
             if path is None:
                 parser.error("argument --resume: there is no unfinished run to resume")
