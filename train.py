@@ -168,8 +168,9 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor, in every process, by its sum over the processes."""
-    for tensor in tensors if WORLD_SIZE > 1 else []:
-        distributed.all_reduce(tensor)
+    # All under way at once, because one after the other took 68 ms a step instead of 45.
+    for work in [distributed.all_reduce(t, async_op=True) for t in tensors] if WORLD_SIZE > 1 else []:
+        work.wait()
 
 
 def random_stream(*key: int) -> torch.Generator:
@@ -304,7 +305,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     mirror = (torch.rand(len(images.labels), generator=random_stream(run.seed)) < 0.5) ^ (epoch % 2 == 1)
     batches = order.tensor_split(max(1, len(order) // h.batch_size))  # no small last one
     seen, sums = torch.zeros(len(run.losses)), torch.zeros(2, dtype=torch.float64)  # losses by image; loss and hits
-    for first in tqdm(range(0, len(batches), h.accumulation), f"Epoch {epoch + 1}", **bar_options()):
+    for first in (bar := tqdm(range(0, len(batches), h.accumulation), f"Epoch {epoch + 1}", **bar_options())):
         step = range(len(batches))[first : first + h.accumulation]
         lr = learning_rate((epoch + (step[-1] + 0.5) / len(batches)) / run.epochs, h)
         for number in step[RANK::WORLD_SIZE]:
@@ -312,12 +313,14 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
             x, labels = to_input(augment(images.pixels, index, mirror[index], h, draw), size), images.labels[index]
             logits = model(x)
             losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=h.label_smoothing)
-            if not losses.isfinite().all():
+            loss = losses.mean()
+            if not loss.isfinite():
                 at = f"Epoch {epoch + 1}, batch {number + 1} of {len(batches)}, learning rate {lr:.3g}"
-                raise RunError(f"{at}: the loss is {losses.mean().item()}. Lower peak_lr and start a new run.")
-            (losses.mean() / h.accumulation).backward()
+                raise RunError(f"{at}: the loss is {loss.item()}. Lower peak_lr and start a new run.")
+            (loss / h.accumulation).backward()
             seen[index] = losses.detach()
             sums += torch.stack([seen[index].sum(), (logits.argmax(1) == labels).sum()])
+            bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
         for p in model.parameters() if WORLD_SIZE > 1 else []:  # None: no batch of this step fell to this process
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         add_up(p.grad for p in model.parameters())
