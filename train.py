@@ -27,7 +27,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,20 +66,21 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         """Make NumPy's numbers plain, because a checkpoint takes no others; RunError for one that cannot work."""
-        for name, value in asdict(self).items():
-            several, kind = name == "image_sizes", type(self).__annotations__[name]
-            given = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
-            plain = tuple(map(int if several else kind, given))
-            low, high = LEAST.get(name, 0), MOST.get(name, math.inf)
-            if not plain or list(plain) != given or not low <= min(plain) <= max(plain) <= high:
-                limits = f"{kind.__name__}, {low} to {high}" + f", for {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
-                raise RunError(f"Hyperparameters: {name} must be {limits}, not {value}.")
-            object.__setattr__(self, name, plain if several else plain[0])
+        for field in fields(self):
+            value, several = getattr(self, field.name), field.type == tuple[int, ...]
+            kind, low, high = int if several else field.type, LEAST.get(field.name, 0), MOST.get(field.name, 10**9)
+            if kind in (int, float, bool):
+                given = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+                plain = tuple(kind(number) for number in given if low <= number <= high)
+                if list(plain) != given or not plain or (len(plain) > 1 and not several):
+                    limits = f"{kind.__name__}, {low} to {high}" + f", for {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
+                    raise RunError(f"Hyperparameters: {field.name} must be {limits}, not {value}.")
+                object.__setattr__(self, field.name, plain if several else plain[0])  # as the class is frozen
 
 
 # Which of how many processes this is, as torchrun says: they share out batches, and the first alone prints and writes.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LEAST = {"image_sizes": 1, "batch_size": 2, "accumulation": WORLD_SIZE, "full_skip": 1}  # of the others 0
+LEAST = {"image_sizes": 1, "batch_size": 2, "accumulation": WORLD_SIZE, "full_skip": 1}  # others: 0
 MOST = {"warmup": 0.99, "momentum": 1, "label_smoothing": 1, "skip": 0.99, "crop": 20, "zoom": 16, "erase": 16}
 
 # All have the same archive, whose MD5 torchvision checks. The original host, the second, is slow: pytorch/vision#9536.
@@ -119,7 +120,7 @@ def bar_options() -> dict[str, Any]:
 
 def download() -> None:
     """Unpack CIFAR-10 in DATA, from the archive there or from the first host that has it; RunError if none has."""
-    log = io.StringIO() if "delay" in bar_options() else sys.stderr  # torchvision's bar: where one can be drawn over
+    log = sys.stderr if "leave" in bar_options() else io.StringIO()  # torchvision's bar: where one can be drawn over
     archive, timeout = DATA / CIFAR10.filename, socket.getdefaulttimeout()
     DATA.mkdir(exist_ok=True)
     try:
@@ -159,7 +160,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     """Return, in every process, what make() returns in the first, which alone calls it; if it fails there, all end."""
     made: list[tuple | None] = [None]
     try:
-        made = [None if RANK else (make(),)]
+        made = [None if RANK else (make(),)]  # a tuple, because None may be made
     finally:
         if WORLD_SIZE > 1:
             distributed.broadcast_object_list(made)
@@ -264,9 +265,7 @@ class Run:
     def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters, image_count: int) -> None:
         self.arch, self.epochs, self.seed, self.h = arch, int(epochs), int(seed), h  # plain, if NumPy's
         self.split = "val" if h.validate else "test"  # what is reported on
-        threads = torch.get_num_threads()
-        self.threads = f"{threads} threads" if WORLD_SIZE == 1 else f"{WORLD_SIZE} processes of {threads} threads"
-        # The last bits of all results depend on these.
+        self.threads = f"{WORLD_SIZE} processes of " * (WORLD_SIZE > 1) + f"{torch.get_num_threads()} threads"
         self.system = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {self.threads}"
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are the caller's
             torch.manual_seed(random_stream(seed).initial_seed())
@@ -299,8 +298,7 @@ class Run:
 def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     """Train `epoch`, counted from 0; return its row of the history. RunError as soon as a loss is not finite."""
     h, model, optimizer, size = run.h, run.model.train(), run.optimizer, run.image_size(epoch)
-    skip = h.skip * min(1.0, run.epochs / h.full_skip)
-    order = choose_images(run.losses, skip, random_stream(run.seed, epoch))
+    order = choose_images(run.losses, h.skip * min(1.0, run.epochs / h.full_skip), random_stream(run.seed, epoch))
     # Half of the images are mirrored in one epoch, the others in the next (airbench, arXiv:2404.00498, section 3.6).
     mirror = (torch.rand(len(images.labels), generator=random_stream(run.seed)) < 0.5) ^ (epoch % 2 == 1)
     batches = order.tensor_split(max(1, len(order) // h.batch_size))  # no small last one
@@ -317,7 +315,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
             if not loss.isfinite():
                 at = f"Epoch {epoch + 1}, batch {number + 1} of {len(batches)}, learning rate {lr:.3g}"
                 raise RunError(f"{at}: the loss is {loss.item()}. Lower peak_lr and start a new run.")
-            (loss / h.accumulation).backward()
+            (loss / h.accumulation).backward()  # in a short last step too: an image weighs as much in any
             seen[index] = losses.detach()
             sums += torch.stack([seen[index].sum(), (logits.argmax(1) == labels).sum()])
             bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
@@ -360,7 +358,7 @@ def new_path(arch: str) -> Path:
 
 def newest_run(arch: str | None) -> Path | None:
     """Return the unfinished run, of `arch` if given, that was saved last; None if there is none."""
-    paths = [path for path in CHECKPOINTS.glob(f"{arch or '*'}-*.pt") if path.stat().st_size]  # 0: it never began
+    paths = [path for path in CHECKPOINTS.glob(f"{arch or '*'}-*.pt") if path.exists() and path.stat().st_size]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             state = load(path)
@@ -381,8 +379,10 @@ def save(run: Run, path: Path) -> None:
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())  # without it a power cut could leave the new name with no content
-        # The rows of another process that goes on with the same run differ, if only in their seconds.
-        if path.exists() and path.stat().st_size and load(path)["history"] != run.history[:-1]:
+        ours = theirs = [row["seconds"] for row in run.history[:-1]]
+        with suppress(OSError, RunError):  # gone, empty or damaged: nobody's
+            theirs = [row["seconds"] for row in load(path)["history"]]
+        if theirs != ours:
             raise RunError(f"Another process goes on with {path}: this one stops.")
         for _ in range(20):  # two seconds, because on Windows a virus scanner may hold a file for a moment
             with suppress(PermissionError):
@@ -394,7 +394,8 @@ def save(run: Run, path: Path) -> None:
             path.unlink()  # of a run that could not begin
         raise RunError(f"Cannot save {path}: {error.strerror}. Mend that, then --resume or start again.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -494,29 +495,28 @@ def train(
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo")
         atexit.register(distributed.destroy_process_group)  # else a process that ends before the others aborts
-    h = from_first(lambda: h or Hyperparameters())
+    h = from_first(lambda: h or Hyperparameters()) if not resume else None
     path = from_first(lambda: Path(resume).resolve()) if resume else None  # of a link it is the target that goes on
     state = from_first(lambda: load(path)) if resume else None
     if state:
         arch, epochs, seed = state["arch"], state["epochs"], state["seed"]
-        here = asdict(Hyperparameters())  # the user may have edited, added and removed some since
+        here = {field.name: field.default for field in fields(Hyperparameters)}  # edited since, perhaps
         saved = {name: value for name, value in state["hyperparameters"].items() if name in here}
         h = from_first(lambda: Hyperparameters(**saved))
-        if not RANK and (own := {name: value for name, value in saved.items() if value != here[name]}):
-            print(f"The run keeps its own hyperparameters where the script's have changed: {own}", file=sys.stderr)
+        if not RANK and (differ := {name: value for name, value in saved.items() if value != here[name]}):
+            print(f"The run keeps its own hyperparameters where the script's have changed: {differ}", file=sys.stderr)
     training, reported = from_first(lambda: load_data(h.validate))
     run = Run(arch, epochs, seed, h, len(training.labels))
     if state:
         run.load_state_dict(state)
-    else:
-        path = from_first(lambda: new_path(arch))
-    if state and not RANK:
         for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a save that was killed
             leftover.unlink(missing_ok=True)
-        if state["system"] != run.system:
+        if not RANK and state["system"] != run.system:
             print(f"Not bit for bit as without the stop: {state['system']}, now {run.system}", file=sys.stderr)
-    elif not RANK:
-        save(run, path)  # so that a run killed in its first epoch resumes, and a full disk shows at once
+    else:
+        path = from_first(lambda: new_path(arch))
+        if not RANK:
+            save(run, path)  # so that a run killed in its first epoch resumes, and a full disk shows at once
     try:
         parameters = sum(p.numel() for p in run.model.parameters())
         counts = f"{len(training.labels):,} training and {len(reported.labels):,} {run.split} images"
@@ -549,7 +549,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None
     try:
         if "resume" in given and not RANK:
-            path = newest_run(given.get("arch")) if given["resume"] is True else Path(given["resume"])
+            path = newest_run(given.get("arch")) if given["resume"] is True else Path(given["resume"]).resolve()
             if path is None:
                 parser.error("argument --resume: there is no unfinished run to resume")
             given["resume"], state = path, load(path) if len(given) > 1 else {}  # read only if there is what to compare

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,7 +111,12 @@ def test_no_file_of_another_name_is_resumed(name: str, finished: Path, capsys: C
     assert {path: path.read_bytes() for path in finished.parent.iterdir()} == before
 
 
-WRONG = {"batch_size": (0, 1, 2.5), "image_sizes": ((), (32, 0)), "warmup": (1, -0.1), "skip": (1,), "peak_lr": (nan,)}
+WRONG = {
+    "batch_size": (0, 1, 2.5, inf, (128, 64)),
+    "image_sizes": ((), (32, 0)),
+    "warmup": (1, -0.1),
+    "peak_lr": (nan,),
+}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name]])
@@ -173,6 +178,7 @@ def test_bare_resume_takes_the_unfinished_run_saved_last(finished: Path, capsys:
     finished.touch()
     finished.with_stem("resnet18-004").write_text("no checkpoint")
     finished.with_stem("resnet18-005").touch(), finished.with_stem("resnet18-006").mkdir()  # 5: killed before it began
+    finished.with_stem("resnet18-007").symlink_to("nowhere.pt")
     for arguments in ((), ("--arch", "resnet18")):
         status, _, err = main(capsys, *arguments, "--resume")
         assert status == 0 and len(err) == 2 and "resnet18-004.pt" in "".join(err)
@@ -202,6 +208,11 @@ def test_two_processes_on_one_run(finished: Path, monkeypatch: Patch) -> None:
     ):
         train.train(resume=finished)
     assert len(train.load(finished)["history"]) == 3 and not list(finished.parent.glob("*.tmp"))
+    run = train.Run("resnet18", 4, 0, FAST, 100)
+    run.history = [*train.load(finished)["history"], {"seconds": 1.0}]
+    os.truncate(finished, 1000)  # damaged while the run goes on: what the run has in memory is written
+    train.save(run, finished)
+    assert train.load(finished)["history"] == run.history
 
 
 def test_file_held_for_a_moment(finished: Path, monkeypatch: Patch) -> None:
@@ -217,7 +228,7 @@ def test_file_held_for_a_moment(finished: Path, monkeypatch: Patch) -> None:
     train.save(run, finished)
     assert train.load(finished)["history"] == run.history and not held
     held += [True] * 99
-    run.history.append({})
+    run.history.append({"seconds": 2.0})
     monkeypatch.setattr(time, "sleep", lambda seconds: held.remove(True))
     with pytest.raises(train.RunError, match="Cannot save .*Permission denied"):
         train.save(run, finished)
