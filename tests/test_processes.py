@@ -83,6 +83,17 @@ def test_processes_train_what_one_trains(edited: Path, monkeypatch: pytest.Monke
         torch.testing.assert_close(state["losses"], one["losses"], rtol=0.02, atol=0)
 
 
+def test_the_test_images_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, net = torch.randint(256, (600, 32, 32, 3), dtype=torch.uint8), ResNet18()
+    expected, shares = train.evaluate(net, pixels, 32), []
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    monkeypatch.setattr(train, "add_up", shares.extend)
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "RANK", rank)
+        train.evaluate(net, pixels, 32)
+    assert torch.equal(sum(shares), expected) and [share.any(1).sum() for share in shares] == [350, 250]
+
+
 def test_a_killed_process(edited: Path) -> None:
     whole, path, by_one = (edited / "checkpoints" / f"resnet18-00{number}.pt" for number in (1, 2, 3))
     assert start(edited, 2, "--epochs 3").wait(120) == 0
