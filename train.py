@@ -527,7 +527,6 @@ def train(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f'Go on with --resume "{path}"') from None
     except OSError as error:  # of a print(), because for files it is seen to: nobody reads on, or the disk is full
-        sys.stdout = None  # else Python tries once more at exit, and fails
         raise RunError(f'Cannot print: {error.strerror}. Go on with --resume "{path}"') from error
     return run.history
 

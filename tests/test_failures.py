@@ -372,8 +372,12 @@ def test_disk_full_closed_output_and_interrupt(project: Path) -> None:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 1 and "resnet18-001.pt: File too large" in err and err.count("\n") == 1
         assert "Epoch" not in out and list(path.parent.iterdir()) == left
-    out, err = start(project, "--resume > /dev/full").communicate(timeout=120)
-    assert "Cannot print: No space left on device. Go on with --resume" in err and err.count("\n") == 1
+    out, err = (process := start(project, "--resume > /dev/full")).communicate(timeout=120)
+    assert (
+        process.returncode == 1
+        and "Cannot print: No space left on device. Go on with --resume" in err
+        and err.count("\n") == 1
+    )
     process = start(project, "--resume")
     assert process.stdout.readline().startswith("resnet18, ") and not process.stdout.close()
     assert "Cannot print: Broken pipe. Go on" in (err := process.stderr.read()) and err.endswith('resnet18-001.pt"\n')
