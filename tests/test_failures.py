@@ -321,8 +321,9 @@ def test_two_first_runs_download_at_once(small: Path, tmp_path: Path, monkeypatc
         # Each starts when the one before it has three quarters.
         load_late = [lambda late=late: (time.sleep(0.15 * late), train.load_data(False)) for late in range(4)]
         host, *children = map(fork, [server.serve_forever, *load_late])
-        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+        statuses = [os.waitpid(child, 0)[1] for child in children]
         os.kill(host, signal.SIGKILL), os.waitpid(host, 0)
+    assert statuses == [0] * 4
     assert {path.name for path in train.DATA.iterdir()} == {train.CIFAR10.filename, train.CIFAR10.base_folder}
     assert [len(part.labels) for part in train.load_data(validate=False)] == [100, 40]
 
