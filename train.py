@@ -68,7 +68,7 @@ class Hyperparameters:
         """Make NumPy's numbers plain, because a checkpoint takes no others; RunError for one that cannot work."""
         for field in fields(self):
             value, several = getattr(self, field.name), field.type == tuple[int, ...]
-            kind, low, high = int if several else field.type, LEAST.get(field.name, 0), MOST.get(field.name, 10**9)
+            kind, low, high = int if several else field.type, LEAST.get(field.name, 0), MOST.get(field.name, 1e99)
             if kind in (int, float, bool):
                 given = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
                 plain = tuple(kind(number) for number in given if low <= number <= high)
