@@ -115,7 +115,8 @@ def bar_options() -> dict[str, Any]:
         return {"disable": True}
     if console or getattr(sys.stderr, "isatty", bool)():
         return {"leave": False}
-    return {"mininterval": 60, "delay": 60, "bar_format": "{l_bar}{bar:20}{r_bar}\n"}
+    # miniters, because else tqdm's monitor adds lines of its own
+    return {"mininterval": 60, "miniters": 1, "delay": 60, "bar_format": "{l_bar}{bar:20}{r_bar}\n"}
 
 
 def download() -> None:
