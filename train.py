@@ -318,7 +318,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
                 raise RunError(f"{at}: the loss is {loss.item()}. Lower peak_lr and start a new run.")
             (loss / h.accumulation).backward()  # in a short last step too: an image weighs as much in any
             seen[index] = losses.detach()
-            sums += torch.stack([seen[index].sum(), (logits.argmax(1) == labels).sum()])
+            sums += torch.stack([losses.detach().sum(), (logits.argmax(1) == labels).sum()])
             bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
         for p in model.parameters() if WORLD_SIZE > 1 else []:  # None: no batch of this step fell to this process
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

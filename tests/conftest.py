@@ -30,11 +30,16 @@ def project(tmp_path: Path, tiny_data: Path) -> Path:
     return folder
 
 
+def use_data(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    """Make the imported train.py use the small CIFAR-10 in `data`."""
+    for name, value in tiny.checksums(data).items():
+        monkeypatch.setattr(train.CIFAR10, name, value)
+    monkeypatch.setattr(train, "DATA", data)
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_data: Path) -> Path:
     """Make the imported train.py use the small data set and a checkpoint folder of its own, which is returned."""
-    for name, value in tiny.checksums(tiny_data).items():
-        monkeypatch.setattr(train.CIFAR10, name, value)
-    monkeypatch.setattr(train, "DATA", tiny_data)
+    use_data(monkeypatch, tiny_data)
     monkeypatch.setattr(train, "CHECKPOINTS", tmp_path / "checkpoints")
     return tmp_path / "checkpoints"

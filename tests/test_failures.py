@@ -85,11 +85,8 @@ CHECKPOINTS = {
     "folder": lambda path: (path.unlink(), path.mkdir()),
     "other format": lambda path: torch.save(FINISHED | {"format": 99}, path),
 }
-NAMES = [
-    "resnet18-001.csv",
-    "resnet18-001.bak",
-    "resnet18-001.pt.1.tmp",
-]  # a run's table, a copy, a save that was killed
+# A run's table, a copy, a save that was killed.
+NAMES = ["resnet18-001.csv", "resnet18-001.bak", "resnet18-001.pt.1.tmp"]
 
 
 @pytest.mark.parametrize("case", [*ARGUMENTS, *CHECKPOINTS])
@@ -205,9 +202,8 @@ def test_two_processes_on_one_run(finished: Path, monkeypatch: Patch) -> None:
         return evaluate(*arguments)
 
     monkeypatch.setattr(train, "evaluate", after_another_process)
-    with pytest.raises(
-        train.RunError, match=f"^Another process goes on with {re.escape(str(finished))}: this one stops"
-    ):
+    line = f"^Another process goes on with {re.escape(str(finished))}: this one stops"
+    with pytest.raises(train.RunError, match=line):
         train.train(resume=finished)
     assert len(train.load(finished)["history"]) == 3 and not list(finished.parent.glob("*.tmp"))
     run = train.Run("resnet18", 4, 0, FAST, 100)
@@ -295,11 +291,8 @@ def test_bad_hosts_and_data(small: Path, tmp_path: Path, capsys: Capture, monkey
         assert asked == f"CIFAR-10 (170 MB) comes from {url}"
         assert line.startswith(f"No CIFAR-10 from {url}: ") and answer in line
     assert all(part in err[-1] for part in (train.CIFAR10.filename, train.CIFAR10.tgz_md5, str(train.DATA), "by hand"))
-    assert (
-        retried[0] == 0
-        and "\nEpoch 1, test acc: " in retried[1]
-        and retried[2] == [*err[:2], f"CIFAR-10 (170 MB) comes from {moved}"]
-    )
+    assert retried[0] == 0 and "\nEpoch 1, test acc: " in retried[1]
+    assert retried[2] == [*err[:2], f"CIFAR-10 (170 MB) comes from {moved}"]
     for name in ("data_batch_3", "batches.meta"):  # mended by the archive at hand, as no host answers by now
         (train.DATA / train.CIFAR10.base_folder / name).write_bytes(b"damaged")
         assert [len(part.labels) for part in train.load_data(validate=False)] == [100, 40]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from conftest import use_data
 from test_model import relative_error
 
 import train
@@ -59,9 +60,7 @@ def kill_second(torchrun: subprocess.Popen[str], epoch: str) -> None:
 
 
 def test_processes_train_what_one_trains(edited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in tiny.checksums(edited / "data").items():
-        monkeypatch.setattr(train.CIFAR10, name, value)
-    monkeypatch.setattr(train, "DATA", edited / "data")
+    use_data(monkeypatch, edited / "data")
     _, test = train.load_data(validate=False)
     one = None
     for processes in (1, 3):  # of three one has no batch of an epoch's last step
@@ -76,7 +75,9 @@ def test_processes_train_what_one_trains(edited: Path, monkeypatch: pytest.Monke
         net.load_state_dict(state["model"])
         accuracy = (train.evaluate(net, test.pixels, 40).argmax(1) == test.labels).sum().item() / 600
         assert accuracy == state["history"][1]["test_acc"]  # shared out, and each image counted once
-        for name, value in ((name, value) for name, value in state["model"].items() if value.is_floating_point()):
+        for name, value in state["model"].items():
+            if not value.is_floating_point():
+                continue  # of the batches that a process has counted
             # Of few batches a process counts fewer in its averages of batch normalisation; the mean is kept.
             bound = 0.7 if "running" in name else 0.02
             assert relative_error(value.float(), one["model"][name].float()) < bound
