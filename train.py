@@ -48,8 +48,8 @@ class Hyperparameters:
     """The recipe: edit a value here, or pass train() a changed copy."""
 
     # The sizes in px to which images are enlarged, each for an equal share of the epochs. The network divides them by 4
-    # before its first block, so larger ones are more accurate; an image costs about size ** 1.6. Multiples of 32.
-    image_sizes: tuple[int, ...] = (32, 64, 96)
+    # before its first block, so larger ones are more accurate; an image costs about size ** 1.7. Multiples of 32.
+    image_sizes: tuple[int, ...] = (64, 96)
     batch_size: int = 128  # images that go through the network, and are normalised, together
     accumulation: int = 4  # batches whose gradients make one step of the optimizer
     peak_lr: float = 0.05  # learning rate after the warm-up: about the share of a kernel's norm that a step changes
@@ -57,11 +57,9 @@ class Hyperparameters:
     warmup: float = 0.2  # share of all steps in which the rate rises, linearly, before it falls, linearly, to 0
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
-    skip: float = 0.55  # share of the images that an epoch leaves out: those that the network finds easiest
-    full_skip: int = 30  # epochs from which on `skip` is that; shorter runs lack fit and skip less, in proportion
-    crop: int = 3  # px by which an image is shifted at most along each axis, reflected at the border
-    zoom: int = 4  # px by which the square cut from the images of a batch is at most larger or smaller than they are
-    erase: int = 5  # px, the side of the square that is erased from each image
+    skip: float = 0.68  # share of the images that an epoch leaves out: those that the network finds easiest
+    full_skip: int = 30  # runs of that many epochs or more skip that share; shorter ones lack fit: less, in proportion
+    crop: int = 2  # px by which an image is shifted at most along each axis, reflected at the border
     validate: bool = False  # True: hold 5,000 training images out and report on them, to tune without the test images
 
     def __post_init__(self) -> None:
@@ -81,7 +79,7 @@ class Hyperparameters:
 # Which of how many processes this is, as torchrun says: they share out batches, and the first alone prints and writes.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LEAST = {"image_sizes": 1, "batch_size": 2, "accumulation": WORLD_SIZE, "full_skip": 1}  # others: 0
-MOST = {"warmup": 0.99, "momentum": 1, "label_smoothing": 1, "skip": 0.99, "crop": 20, "zoom": 16, "erase": 16}
+MOST = {"warmup": 0.99, "momentum": 1, "label_smoothing": 1, "skip": 0.99, "crop": 31}
 
 # All have the same archive, whose MD5 torchvision checks. The original host, the second, is slow: pytorch/vision#9536.
 HOSTS = (
@@ -92,7 +90,7 @@ HOSTS = (
 HOST_TIMEOUT = 30.0  # seconds without a byte until the next host is tried
 DATA = Path(__file__).resolve().parent / "data"
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-CHECKPOINT_FORMAT = 4  # raise it when the keys of a checkpoint change
+CHECKPOINT_FORMAT = 5  # raise it when the keys of a checkpoint change, or what a run draws
 MEAN, STD = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]])  # of the training pixels, 0..1, RGB
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # by label
 
@@ -187,19 +185,14 @@ def choose_images(losses: Tensor, skip: float, draw: torch.Generator) -> Tensor:
     return order[hardest.sort().values]  # sorted by position: in random order again
 
 
-def augment(pixels: Tensor, index: Tensor, mirror: Tensor, h: Hyperparameters, draw: torch.Generator) -> Tensor:
-    """Return squares of `pixels[index]`, uint8 (B, S, S, 3): shifted, mirrored where `mirror` (B,), partly erased."""
-    side, count = pixels.shape[1], len(index)
-    window = side + torch.randint(-h.zoom, h.zoom + 1, (), generator=draw).item()  # S, one for all of the batch
-    position = torch.arange(window)
-    shift = (side - window) // 2 + torch.randint(-h.crop, h.crop + 1, (2, count, 1), generator=draw)
-    rows, columns = side - 1 - (side - 1 - (position + shift).abs()).abs()  # reflected at either border
+def augment(pixels: Tensor, index: Tensor, mirror: Tensor, crop: int, draw: torch.Generator) -> Tensor:
+    """Return the images `index` (B,), uint8 (B, 32, 32, 3), shifted by up to `crop` px, flipped where `mirror` (B,)."""
+    side = pixels.shape[1]
+    shift = torch.randint(-crop, crop + 1, (2, len(index), 1), generator=draw)
+    rows, columns = side - 1 - (side - 1 - (torch.arange(side) + shift).abs()).abs()  # -1 becomes 1, and 32 becomes 30
     columns = torch.where(mirror[:, None], columns.flip(1), columns)
     # One gather picks, shifts and mirrors, because each copy of the batch would cost as much again.
-    squares = pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-    corner = torch.randint(window - h.erase + 1, (2, count, 1), generator=draw)
-    in_rows, in_columns = (position >= corner) & (position < corner + h.erase)
-    return squares.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[..., None], 120)  # about the mean pixel
+    return pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def to_input(pixels: Tensor, size: int) -> Tensor:
@@ -265,6 +258,7 @@ class Run:
 
     def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters, image_count: int) -> None:
         self.arch, self.epochs, self.seed, self.h = arch, int(epochs), int(seed), h  # plain, if NumPy's
+        self.skip = h.skip * min(1.0, epochs / h.full_skip)
         self.split = "val" if h.validate else "test"  # what is reported on
         self.threads = f"{WORLD_SIZE} processes of " * (WORLD_SIZE > 1) + f"{torch.get_num_threads()} threads"
         self.system = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {self.threads}"
@@ -273,7 +267,7 @@ class Run:
             # Channels last, because oneDNN convolves it without converting.
             self.model = ResNet(*LAYER_TABLE[arch]).to(memory_format=torch.channels_last)
         self.optimizer = Muon(self.model.parameters(), h.peak_lr, h.bn_lr_factor, h.momentum)
-        self.losses = torch.full((image_count,), math.inf)  # of each training image when last seen; inf: comes first
+        self.losses = torch.full((image_count,), math.inf)  # of each image when last trained on; inf: never, so first
         self.history: list[dict[str, float]] = []  # a row per epoch
 
     def image_size(self, epoch: int) -> int:
@@ -299,7 +293,7 @@ class Run:
 def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     """Train `epoch`, counted from 0; return its row of the history. RunError as soon as a loss is not finite."""
     h, model, optimizer, size = run.h, run.model.train(), run.optimizer, run.image_size(epoch)
-    order = choose_images(run.losses, h.skip * min(1.0, run.epochs / h.full_skip), random_stream(run.seed, epoch))
+    order = choose_images(run.losses, run.skip, random_stream(run.seed, epoch))
     # Half of the images are mirrored in one epoch, the others in the next (airbench, arXiv:2404.00498, section 3.6).
     mirror = (torch.rand(len(images.labels), generator=random_stream(run.seed)) < 0.5) ^ (epoch % 2 == 1)
     batches = order.tensor_split(max(1, len(order) // h.batch_size))  # no small last one
@@ -309,7 +303,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
         lr = learning_rate((epoch + (step[-1] + 0.5) / len(batches)) / run.epochs, h)
         for number in step[RANK::WORLD_SIZE]:
             index, draw = batches[number], random_stream(run.seed, epoch, number)
-            x, labels = to_input(augment(images.pixels, index, mirror[index], h, draw), size), images.labels[index]
+            x, labels = to_input(augment(images.pixels, index, mirror[index], h.crop, draw), size), images.labels[index]
             logits = model(x)
             losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=h.label_smoothing)
             loss = losses.mean()
@@ -456,8 +450,8 @@ def fit(run: Run, path: Path, training: Images, reported: Images) -> Tensor:
                 csv.writer(file).writerows([row.keys(), *(past.values() for past in run.history)])
         except OSError as error:  # open elsewhere, say: this costs a line, not the run
             print(f"Cannot write {table}: {error.strerror}", file=sys.stderr, flush=True)
-        # 1.6: at 64 and 96 px an epoch took 2.5 to 3.0 and 5.0 to 6.5 times as long as at 32, by machine and hour.
-        left = sum((run.image_size(e) / size) ** 1.6 for e in range(epoch + 1, run.epochs)) * seconds
+        # 1.7, because at 96 px an epoch took 2.0 to 2.2 times as long as at 64, and there 2.5 to 3.0 times as at 32.
+        left = sum((run.image_size(e) / size) ** 1.7 for e in range(epoch + 1, run.epochs)) * seconds
         line = f"Epoch {epoch + 1}, {run.split} acc: {accuracy:.4f}, train loss: {row['train_loss']:.4f}, {size} px"
         print(f"{line}, {seconds:.0f} s, {timedelta(seconds=round(left))} left", flush=True)
     if logits is None:
@@ -496,19 +490,20 @@ def train(
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo")
         atexit.register(distributed.destroy_process_group)  # else a process that ends before the others aborts
-    h = from_first(lambda: h or Hyperparameters()) if not resume else None
-    path = from_first(lambda: Path(resume).resolve()) if resume else None  # of a link it is the target that goes on
-    state = from_first(lambda: load(path)) if resume else None
-    if state:
+    if resume:
+        path = from_first(lambda: Path(resume).resolve())  # of a link it is the target that goes on
+        state = from_first(lambda: load(path))
         arch, epochs, seed = state["arch"], state["epochs"], state["seed"]
         here = {field.name: field.default for field in fields(Hyperparameters)}  # edited since, perhaps
         saved = {name: value for name, value in state["hyperparameters"].items() if name in here}
         h = from_first(lambda: Hyperparameters(**saved))
         if not RANK and (differ := {name: value for name, value in saved.items() if value != here[name]}):
             print(f"The run keeps its own hyperparameters where the script's have changed: {differ}", file=sys.stderr)
+    else:
+        h = from_first(lambda: h or Hyperparameters())
     training, reported = from_first(lambda: load_data(h.validate))
     run = Run(arch, epochs, seed, h, len(training.labels))
-    if state:
+    if resume:
         run.load_state_dict(state)
         for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a save that was killed
             leftover.unlink(missing_ok=True)

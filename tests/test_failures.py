@@ -145,7 +145,7 @@ def test_finished_run_resumed(finished: Path, capsys: Capture, monkeypatch: Patc
 
 
 def test_resumed_run_keeps_its_hyperparameters_though_the_script_was_edited(finished: Path, capsys: Capture) -> None:
-    edited = {name: value for name, value in asdict(FAST).items() if name != "erase"} | {"ema_decay": 0.9}
+    edited = {name: value for name, value in asdict(FAST).items() if name != "crop"} | {"ema_decay": 0.9}
     torch.save(FINISHED | {"epochs": 2, "hyperparameters": edited}, finished)
     status, _, err = main(capsys, "--resume", finished)
     assert status == 0 and len(err) == 1

@@ -28,12 +28,13 @@ def edited(project: Path) -> Path:
     for old, new in {
         "int = 128": "int = 10",
         "int = 4  # b": "int = 3  # b",
-        "0.55": "0.5",
-        "int = 30  # e": "int = 1  # e",
+        "0.68": "0.5",
+        "int = 30  # r": "int = 1  # r",
+        "(64, 96)": "(32, 40)",
     }.items():
         assert text.count(old) == 1
         text = text.replace(old, new)
-    (project / "train.py").write_text(text.replace("(32, 64, 96)", "(32, 40)"))
+    (project / "train.py").write_text(text)
     return project
 
 
