@@ -378,6 +378,7 @@ def test_disk_full_closed_output_and_interrupt(project: Path) -> None:
     assert err.count("\n") == process.wait(120) == 1
     process = start(project, "--resume")
     assert [process.stdout.readline()[:9] for _ in range(2)] == ["resnet18,", "Epoch 2, "]
+    time.sleep(0.1)  # because tqdm, interrupted while it makes its bar, adds a line of its own
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     # Ended by the signal: a shell's loop over seeds ends too.
