@@ -58,7 +58,7 @@ class Hyperparameters:
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
     skip: float = 0.68  # share of the images that an epoch leaves out: those that the network finds easiest
-    full_skip: int = 30  # runs of that many epochs or more skip that share; shorter ones lack fit: less, in proportion
+    full_skip: int = 30  # runs of that many epochs or more skip that share; shorter ones less, to train on as many
     crop: int = 2  # px by which an image is shifted at most along each axis, reflected at the border
     validate: bool = False  # True: hold 5,000 training images out and report on them, to tune without the test images
 
@@ -90,7 +90,7 @@ HOSTS = (
 HOST_TIMEOUT = 30.0  # seconds without a byte until the next host is tried
 DATA = Path(__file__).resolve().parent / "data"
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-CHECKPOINT_FORMAT = 5  # raise it when the keys of a checkpoint change, or what a run draws
+CHECKPOINT_FORMAT = 6  # raise it when the keys of a checkpoint change, or what a run draws
 MEAN, STD = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]])  # of the training pixels, 0..1, RGB
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # by label
 
@@ -258,7 +258,7 @@ class Run:
 
     def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters, image_count: int) -> None:
         self.arch, self.epochs, self.seed, self.h = arch, int(epochs), int(seed), h  # plain, if NumPy's
-        self.skip = h.skip * min(1.0, epochs / h.full_skip)
+        self.skip = h.skip if epochs >= h.full_skip else max(0.0, 1 - (1 - h.skip) * h.full_skip / epochs)
         self.split = "val" if h.validate else "test"  # what is reported on
         self.threads = f"{WORLD_SIZE} processes of " * (WORLD_SIZE > 1) + f"{torch.get_num_threads()} threads"
         self.system = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {self.threads}"
@@ -311,8 +311,8 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
                 at = f"Epoch {epoch + 1}, batch {number + 1} of {len(batches)}, learning rate {lr:.3g}"
                 raise RunError(f"{at}: the loss is {loss.item()}. Lower peak_lr and start a new run.")
             (loss / h.accumulation).backward()  # in a short last step too: an image weighs as much in any
-            seen[index] = losses.detach()
-            sums += torch.stack([losses.detach().sum(), (logits.argmax(1) == labels).sum()])
+            seen[index] = losses = losses.detach()
+            sums += torch.stack([losses.sum(), (logits.argmax(1) == labels).sum()])
             bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
         for p in model.parameters() if WORLD_SIZE > 1 else []:  # None: no batch of this step fell to this process
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

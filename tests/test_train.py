@@ -153,6 +153,11 @@ def test_image_sizes_share_the_epochs_and_seeds_draw_other_weights() -> None:
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
+def test_short_runs_train_on_as_many_images_as_long_ones() -> None:
+    skips = [train.Run("resnet18", n, 0, Hyperparameters(skip=0.75, full_skip=20), 10).skip for n in (3, 5, 8, 20, 40)]
+    assert skips == pytest.approx([0, 0, 0.375, 0.75, 0.75])
+
+
 def test_validation_holds_training_images_out_and_leaves_the_test_images_alone(small: Path) -> None:
     everything, test = train.load_data(validate=False)
     rest, held_out = train.load_data(validate=True)
@@ -161,8 +166,8 @@ def test_validation_holds_training_images_out_and_leaves_the_test_images_alone(s
     assert sorted(pixels.tolist()) == sorted(everything.pixels.flatten(1).tolist())
     for part in (everything, rest, held_out):  # tiny.make() gives each class a brightness of its own
         assert torch.equal((part.pixels.float().mean((1, 2, 3)) - 49.5).div(15).round(), part.labels.float())
-    history = train.train("resnet18", 1, h=replace(FAST, image_sizes=(32,), validate=True, full_skip=2))
-    assert history[0]["images"] == 68 and "val_acc" in history[0] and "test_acc" not in history[0]
+    history = train.train("resnet18", 1, h=replace(FAST, image_sizes=(32,), validate=True, skip=0.75, full_skip=2))
+    assert history[0]["images"] == 45 and "val_acc" in history[0] and "test_acc" not in history[0]
 
 
 def test_learns(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
