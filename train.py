@@ -500,6 +500,8 @@ def train(
         if not RANK and (differ := {name: value for name, value in saved.items() if value != here[name]}):
             print(f"The run keeps its own hyperparameters where the script's have changed: {differ}", file=sys.stderr)
     else:
+        if epochs < 1:
+            raise RunError(f"epochs must be at least 1, not {epochs}.")
         h = from_first(lambda: h or Hyperparameters())
     training, reported = from_first(lambda: load_data(h.validate))
     run = Run(arch, epochs, seed, h, len(training.labels))

@@ -131,6 +131,10 @@ def test_numpys_numbers_in_a_sweep(small: Path) -> None:
     train.train("resnet18", *np.array([1, 5]), h=h)
     state = train.load(small / "resnet18-001.pt")
     assert (state["epochs"], state["seed"], state["hyperparameters"]) == (1, 5, asdict(h))
+    for epochs in np.array([0, -1]):
+        with pytest.raises(train.RunError, match=f"^epochs must be at least 1, not {epochs}"):
+            train.train(epochs=epochs)
+    assert len(list(small.glob("*.pt"))) == 1
 
 
 def test_finished_run_resumed(finished: Path, capsys: Capture, monkeypatch: Patch) -> None:
