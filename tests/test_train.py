@@ -103,7 +103,7 @@ def test_muon_steps(shape: tuple[int, ...]) -> None:
 def test_training_equals_a_loop_written_out(small: Path) -> None:
     """Three epochs of 55 of 100 images in batches of 19, 18 and 18, two to a step; the losses choose the images."""
     h = Hyperparameters(image_sizes=(32, 32, 40), batch_size=16, accumulation=2, skip=0.45, crop=3)
-    h = replace(h, peak_lr=0.02, bn_lr_factor=3.0, momentum=0.8, warmup=0.3, label_smoothing=0.2, full_skip=3)
+    h = replace(h, peak_lr=0.02, bn_lr_factor=3.0, momentum=0.8, warmup=0.3, label_smoothing=0.3, full_skip=3)
     history = train.train("resnet18", 3, seed=5, h=h)
     images, reported = train.load_data(validate=False)
     torch.manual_seed(random_stream(5).initial_seed())
@@ -120,7 +120,7 @@ def test_training_equals_a_loop_written_out(small: Path) -> None:
                 index = order[(0, 19, 37)[number] : (19, 37, 55)[number]]
                 pixels = train.augment(images.pixels, index, mirror[index], 3, random_stream(5, epoch, number))
                 logits = net(train.to_input(pixels, size))
-                each = F.cross_entropy(logits, images.labels[index], reduction="none", label_smoothing=0.2)
+                each = F.cross_entropy(logits, images.labels[index], reduction="none", label_smoothing=0.3)
                 (each.mean() / 2).backward()
                 losses[index] = each.detach()
                 hits += (logits.argmax(1) == images.labels[index]).sum().item()
