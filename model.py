@@ -1,10 +1,9 @@
 """The residual networks of He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385.
 
-Parameter names and order are torchvision's, so weights go both ways (of bottlenecks in name only, see conv1), and its
-detection and segmentation models take these networks as a backbone. Conv1x1 and Conv3x3 are nn.Conv2d made fast.
+Parameter names and order are torchvision's, so weights go both ways for ResNet-18 and -34, and its detection and
+segmentation models take these networks as a backbone. Conv3x3, at the end, is nn.Conv2d made fast.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -40,11 +39,11 @@ class BottleneckBlk(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
         out_channels = channels * self.expansion
-        self.conv1 = Conv1x1(in_channels, channels, stride)  # stride as in the paper; torchvision has it on conv2
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride, bias=False)  # torchvision strides conv2
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = Conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = Conv1x1(channels, out_channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_channels, out_channels, stride)
@@ -62,7 +61,8 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """Return the identity, or the projection W_s of eq. (2) where the shape changes: option B of Table 3."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(Conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+    projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+    return nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
 
 Block = type[ResBlk] | type[BottleneckBlk]
@@ -129,40 +129,9 @@ def ResNet152(block: Block = BottleneckBlk, layers: Sequence[int] = (3, 8, 36, 3
 
 
 # From here on nothing changes what the network computes, only how fast it trains.
-
-# Side of the largest output map on which the fast way beat the library, by instruction set and (kernel, stride).
-LARGEST_MAP = {
-    "AVX2": {(1, 1): 4, (1, 2): 4, (3, 1): 24, (3, 2): 2},
-    "AVX512": {(1, 1): 4, (1, 2): 4, (3, 1): 12, (3, 2): 2},
-}.get(torch.backends.cpu.get_cpu_capability(), {})
-SMALLEST_BATCH = 32  # images; of fewer it was not measured
-
-
-def fast_pays(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Return whether the fast way was measured to beat the library for x (N, C, H, W): training in float32 on a CPU."""
-    if not (conv.training and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.compiler.is_compiling():  # because what stands in for tensors there must not stay in matrices()' cache
-        return False
-    if x.dtype != torch.float32 or x.device.type != "cpu" or len(x) < SMALLEST_BATCH or x.shape[2] != x.shape[3]:
-        return False
-    kernel, stride = conv.kernel_size[0], conv.stride[0]
-    return (x.shape[2] - 1) // stride + 1 <= LARGEST_MAP.get((kernel, stride), 0)  # side of the output map
-
-
-class Conv1x1(nn.Conv2d):
-    """A 1x1 convolution without bias; in training a linear layer at every position, on small maps."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
-        super().__init__(in_channels, out_channels, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution (N, O, H / stride, W / stride) of x (N, I, H, W)."""
-        if not fast_pays(self, x):
-            return super().forward(x)
-        if self.stride != (1, 1):
-            x = x[:, :, :: self.stride[0], :: self.stride[1]]
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+# Side of the largest map on which the fast way beat the library, measured on x86. Torch has no oneDNN on ARM Macs.
+LARGEST_MAP = {"AVX2": 24, "AVX512": 12, "no oneDNN": 24}
+SMALLEST_BATCH = 32  # images; not measured below
 
 
 class Conv3x3(nn.Conv2d):
@@ -173,67 +142,79 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution (N, O, H / stride, W / stride) of x (N, I, H, W)."""
-        size, stride = x.shape[2], self.stride[0]
-        if fast_pays(self, x) and (stride > 1 or size <= 2 or size % 3 == 0 or size % 4 == 0):  # else no tiles
-            return fast_conv3x3(x, self.weight, stride)
+        if fast_pays(self, x):
+            return fast_conv3x3(x, self.weight)
         return super().forward(x)
 
 
-def fast_conv3x3(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Return the convolution (N, O, S', S') of x (N, I, S, S) with weight (O, I, 3, 3), with padding 1, all float32.
+def fast_pays(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Return whether fast_conv3x3() computes what `conv` says, and was measured to be faster for x."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # a graph is being recorded, in which the size of x stays open
+    if not conv.training or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim != 4 or len(x) < SMALLEST_BATCH:
+        return False
+    if (conv.stride, conv.padding, conv.dilation, conv.groups) != ((1, 1), (1, 1), (1, 1), 1):
+        return False  # stride 2, or edited after it was built
+    if conv.padding_mode != "zeros" or conv.bias is not None or conv.weight.shape[1:] != (x.shape[1], 3, 3):
+        return False
+    size = x.shape[2]
+    if x.shape[3] != size or (size != 2 and size % 3 != 0 and size % 4 != 0):
+        return False  # the map does not divide into tiles
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return size <= LARGEST_MAP.get(torch.backends.cpu.get_cpu_capability() if onednn else "no oneDNN", 0)
 
-    Along each axis it is A ((G w) * (B x)) as `matrices` has them, so each of the P x P products is a matrix product
-    over the channels. Results differ from the library's as sums in another order do: by 3e-6 of their norm at most
-    (float64 as the reference).
+
+# For a tile of m outputs, A, B and G with which A ((G w) * (B x)) is the convolution of x (m + 2,) with w (3,).
+# 3 and 4 outputs take m + 2 multiplications instead of 3 m: Lavin and Gray 2015, arXiv:1509.09308, section 4, with the
+# points 0, 1, -1, 2, -2 and infinity. 2 outputs between two zeros take 3: Karatsuba's.
+TILES = {
+    2: ([[1, 1, 0], [1, 0, 1]], [[0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 0, 0]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]]),
+    3: (
+        [[1, 1, 1, 1, 0], [0, 1, -1, 2, 0], [0, 1, 1, 4, 1]],
+        [[2, -1, -2, 1, 0], [0, 2, 1, -1, 0], [0, -2, 3, -1, 0], [0, -1, 0, 1, 0], [0, 2, -1, -2, 1]],
+        [[1 / 2, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 6, -1 / 6, 1 / 6], [1 / 6, 1 / 3, 2 / 3], [0, 0, 1]],
+    ),
+    4: (
+        [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+        [[4, 0, -5, 0, 1, 0], [0, 4, 4, -1, -1, 0], [0, -4, 4, 1, -1, 0]]
+        + [[0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]],
+        [[1 / 4, 0, 0], [1 / 6, 1 / 6, 1 / 6], [1 / 6, -1 / 6, 1 / 6]]
+        + [[1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
+    ),
+}
+
+
+def fast_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the convolution (N, O, S, S) of x (N, I, S, S) with weight (O, I, 3, 3) and padding 1, all float32.
+
+    S is 2, or a multiple of 3 or 4. The formula above is applied along both axes, and each of its products is a matrix
+    product over the channels. The result is off by 3e-6 of its norm at most (float64 as the reference).
     """
-    (n, inputs, size, _), outputs = x.shape, len(weight)
-    a, b, g = matrices(size, stride)
-    p, k = len(b), len(g)
+    n, inputs, outputs = len(x), x.shape[1], len(weight)
+    a, b, g = map_matrices(x)
+    k, p = len(g), len(b)  # products of one tile, and of all tiles along an axis
     tiles = p // k
-    v = on_both_axes(b, x.permute(0, 2, 3, 1)).view(n * tiles, k * p, inputs).transpose(0, 1)
-    # Tiles down the map share their kernels and so join the batch; along a row the kernels are repeated.
+    v = on_both_axes(b, x.permute(0, 2, 3, 1)).reshape(n * tiles, k * p, inputs).transpose(0, 1)
     u = torch.kron(g, g) @ weight.permute(2, 3, 0, 1).reshape(9, outputs * inputs)
-    u = u.view(k, 1, k, outputs, inputs).expand(-1, tiles, -1, -1, -1).reshape(k * p, outputs, inputs)
+    # Tiles down the map join the batch, because they share their kernels; along a row the kernels are repeated.
+    u = u.reshape(k, 1, k, outputs, inputs).expand(-1, tiles, -1, -1, -1).reshape(k * p, outputs, inputs)
     products = torch.bmm(v, u.mT).transpose(0, 1).reshape(n, p, p, outputs)
     return on_both_axes(a, products).permute(0, 3, 1, 2)
+
+
+def map_matrices(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A (S, P) and B (P, S) for all tiles along an axis of x (N, I, S, S), and G (K, 3) for one of them."""
+    size = x.shape[2]
+    tile = 2 if size == 2 else (4 if size % 4 == 0 else 3)
+    a, b, g = (x.new_tensor(matrix) for matrix in TILES[tile])
+    rows = [F.pad(b, (start, size - tile - start)) for start in range(0, size, tile)]
+    return torch.block_diag(*[a] * len(rows)), torch.cat(rows)[:, 1:-1], g  # 1:-1, because the border is 0
 
 
 def on_both_axes(matrix: Tensor, x: Tensor) -> Tensor:
     """Return x (N, S, S, C) with `matrix` (P, S) applied along both S: (N, P, P, C)."""
     (p, size), (n, _, _, channels) = matrix.shape, x.shape
     x = torch.bmm(matrix.expand(n, -1, -1), x.reshape(n, size, size * channels))
-    return torch.bmm(matrix.expand(n * p, -1, -1), x.view(n * p, size, channels)).view(n, p, p, channels)
-
-
-@functools.cache
-def matrices(size: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A (outputs, P), B (P, size) and G (K, 3), float32, with conv(x, w) = A ((G w, repeated) * (B x)).
-
-    That is a convolution with a kernel w (3,) and a zero on either side of x (size,), in P multiplications.
-    Stride 2, and a map of 1: one for each pair of an output and a tap that meets the map.
-    Stride 1: P / K tiles of m = 3 or 4 outputs, with m + 2 each instead of 3 m: the Toom-Cook product of polynomials
-    transposed, by the Vandermonde matrix of m + 1 points and infinity (Winograd 1980; Lavin and Gray 2015,
-    arXiv:1509.09308, section 4). On a map of 2 the zeros at the border leave 3 of 4, Karatsuba's.
-    """
-    if stride > 1 or size == 1:
-        outputs = (size - 1) // stride + 1
-        pairs = [(i, tap) for i in range(outputs) for tap in range(3) if 0 <= i * stride + tap - 1 < size]
-        out, tap = torch.tensor(pairs).T
-        selections = torch.eye(outputs)[:, out], torch.eye(size)[out * stride + tap - 1], torch.eye(3)[tap]
-        return tuple(matrix.float() for matrix in selections)  # whatever torch's default dtype is
-    if size == 2:
-        karatsuba = [[1, 1, 0], [1, 0, 1]], [[1, 1], [0, 1], [1, 0]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]]
-        return tuple(torch.tensor(matrix).float() for matrix in karatsuba)
-    tile = 4 if size % 4 == 0 else 3
-    points = torch.tensor([0, 1, -1, 2, -2], dtype=torch.float64)[: tile + 1]
-
-    def vandermonde(columns: int) -> Tensor:
-        infinity = torch.arange(columns) == columns - 1
-        return torch.cat([points[:, None] ** torch.arange(columns), infinity[None]])
-
-    interpolation = vandermonde(tile + 2).inverse().T
-    b = torch.zeros(size // tile, tile + 2, size + 2, dtype=torch.float64)
-    for i, rows in enumerate(b):
-        rows[:, i * tile : i * tile + tile + 2] = interpolation
-    a = torch.block_diag(*[vandermonde(tile).T] * len(b))
-    return a.float(), b[..., 1:-1].flatten(0, 1).float(), vandermonde(3).float()
+    return torch.bmm(matrix.expand(n * p, -1, -1), x.reshape(n * p, size, channels)).reshape(n, p, p, channels)
