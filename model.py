@@ -131,7 +131,7 @@ def ResNet152(block: Block = BottleneckBlk, layers: Sequence[int] = (3, 8, 36, 3
 # From here on nothing changes what the network computes, only how fast it trains.
 # Side of the largest map on which the fast way beat the library, measured on x86. Torch has no oneDNN on ARM Macs.
 LARGEST_MAP = {"AVX2": 24, "AVX512": 12, "no oneDNN": 24}
-SMALLEST_BATCH = 32  # images; not measured below
+SMALLEST_BATCH = 32  # images; fewer were not measured
 
 
 class Conv3x3(nn.Conv2d):

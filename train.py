@@ -50,10 +50,10 @@ class Hyperparameters:
     # Larger is more accurate, because the network divides a size by 4 before its first block.
     image_sizes: tuple = (64, 96)
     batch_size: int = 128  # images that pass through the network together, at least 2
-    accumulation: int = 4  # batches to a step of the optimizer, at least one a process
-    peak_lr: float = 0.05  # learning rate after the warm-up, about the share of a kernel that a step changes
-    bn_lr_factor: float = 4.0  # times the learning rate, for batch normalisation and the last bias
-    warmup: float = 0.2  # share of the steps, below 1, in which the rate rises linearly, to fall linearly to 0
+    accumulation: int = 4  # batches per optimizer step, at least one per process
+    peak_lr: float = 0.05  # highest learning rate: a step changes a kernel by about this share of its norm
+    bn_lr_factor: float = 4.0  # multiplies the rate of batch normalisation and of the last bias
+    warmup: float = 0.2  # share of the steps, below 1, with a linear rise; a linear fall to 0 follows
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
     crop: int = 2  # px by which an image is shifted at most, below 32
@@ -82,7 +82,7 @@ class RunError(Exception):
     """An error that the user can fix; main() prints it as one line."""
 
 
-# This process's rank, and how many there are. Only torchrun's count, because job schedulers set them, too.
+# This process's rank and the number of processes. Only from torchrun: job schedulers set these names, too.
 RANK, WORLD_SIZE = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -108,13 +108,13 @@ def load_data(validate: bool) -> tuple[Images, Images]:
     try:
         parts = CIFAR10(DATA, train=True), CIFAR10(DATA, train=False)
     except RuntimeError as error:
-        raise RunError(f"{folder} was changed or damaged. Delete it, or change data in load_data().") from error
+        raise RunError(f"{folder} is damaged or was changed. Delete it, or change data in load_data().") from error
     training, test = (Images(torch.tensor(part.data), torch.tensor(part.targets)) for part in parts)
     if validate:
         held_out = torch.arange(len(training.labels)) % 10 == 0
         test, training = (Images(training.pixels[part], training.labels[part]) for part in (held_out, ~held_out))
-    if training.labels.max() >= len(CLASSES):
-        raise RunError(f"CLASSES has {len(CLASSES)} names, but a label is {training.labels.max()}.")
+    if (largest := torch.cat([training.labels, test.labels]).max()) >= len(CLASSES):
+        raise RunError(f"CLASSES has {len(CLASSES)} names, but a label is {largest}.")
     return training, test
 
 
@@ -122,7 +122,7 @@ def download(folder: Path) -> None:
     """Unpack CIFAR-10 as `folder`, from the archive beside it or from a host; RunError if none has it."""
     archive, md5, timeout = DATA / CIFAR10.filename, CIFAR10.tgz_md5, socket.getdefaulttimeout()
     DATA.mkdir(exist_ok=True)
-    # Whole files are moved from a folder of its own, because two runs may do this at once.
+    # Fetch into a temporary folder, then move: two runs may do this at once.
     with tempfile.TemporaryDirectory(dir=DATA) as own:
         socket.setdefaulttimeout(HOST_TIMEOUT)
         for host in HOSTS:
@@ -143,7 +143,7 @@ def download(folder: Path) -> None:
 
 
 def from_first(make: Callable) -> Any:
-    """Return what make() returns in the first process, which alone calls it; where that fails, all end."""
+    """Call make() in the first process only, and return its result in all; if it fails, all exit."""
     made = [None]
     try:
         made = [make() if RANK == 0 else None]
@@ -184,7 +184,7 @@ def to_input(pixels: Tensor, size: int) -> Tensor:
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return about U V^T for a float32 matrix (R, C) = U S V^T: most singular values become 0.7 to 1.2.
+    """Return about U V^T for a float32 matrix (R, C) = U S V^T: values above 2 % of its norm become 0.7 to 1.2.
 
     Three Newton-Schulz steps: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
@@ -328,8 +328,8 @@ def fit(run: Run, training: Images, test: Images) -> None:
                 draw_mistakes(logits, test, run.path.with_name(f"{run.path.stem}-mistakes.png"))
             except OSError as error:  # as when it is open elsewhere
                 print(f"Cannot write {error.filename}: {error.strerror}", file=sys.stderr)
-        # 1.7, because an epoch at 96 px took 2.0 to 2.2 times as long as at 64 px.
-        left = seconds * sum((run.image_size(later) / size) ** 1.7 for later in range(epoch + 1, run.epochs))
+        # 1.8, because an epoch at 96 px takes 2.0 to 2.2 times as long as at 64 px.
+        left = seconds * sum((run.image_size(later) / size) ** 1.8 for later in range(epoch + 1, run.epochs))
         line = f"Epoch {epoch + 1}, {run.split} acc: {accuracy:.4f}, train loss: {row['train_loss']:.4f}, {size} px"
         print(f"{line}, {seconds:.0f} s, {timedelta(seconds=round(left))} left", flush=True)
 
@@ -353,7 +353,7 @@ def save_new(run: Run) -> Path:
     CHECKPOINTS.mkdir(exist_ok=True)
     for number in itertools.count(1):
         run.path = CHECKPOINTS / f"{run.arch}-{number:03d}.pt"
-        if not any(CHECKPOINTS.glob(f"{run.path.stem}[.-]*")):  # nor a table without checkpoint
+        if not any(CHECKPOINTS.glob(f"{run.path.stem}[.-]*")):  # no .pt, .csv or .png yet
             with suppress(FileExistsError):
                 run.path.touch(exist_ok=False)
                 save(run)
@@ -371,7 +371,7 @@ def save(run: Run) -> None:
         "history": json.dumps(run.history, default=float),  # of NumPy's numbers
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
-        "image_size": run.image_size(max(0, len(run.history) - 1)),  # from here on for users
+        "image_size": run.image_size(max(0, len(run.history) - 1)),  # from here on not read back
         "classes": CLASSES,
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
@@ -388,7 +388,7 @@ def save(run: Run) -> None:
     except OSError as error:
         if not run.history:
             run.path.unlink()  # it never began
-        raise RunError(f"Cannot save {run.path}: {error.strerror}. Earlier epochs are saved.") from error
+        raise RunError(f"Cannot save {run.path}: {error.strerror}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -398,8 +398,8 @@ def load(path: Path) -> dict[str, Any]:
     content, state = path.read_bytes(), None
     with suppress(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError):
         archive = zipfile.ZipFile(io.BytesIO(content))
-        flipped = any(part.compress_type or part.external_attr for part in archive.infolist())  # torch: 0
-        if path.suffix == ".pt" and not flipped and archive.testzip() is None:
+        damaged = any(part.compress_type or part.external_attr for part in archive.infolist())  # torch writes 0
+        if path.suffix == ".pt" and not damaged and archive.testzip() is None:
             state = torch.load(io.BytesIO(content), weights_only=True)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise RunError(f"{path} is damaged, or no checkpoint (.pt) of this train.py.")

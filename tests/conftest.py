@@ -1,8 +1,11 @@
 """The project's folder on the import path, a small CIFAR-10 in place of the real one, and a short recipe."""
 
+import importlib.util
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,7 +15,7 @@ import tiny  # noqa: E402
 
 import train  # noqa: E402
 
-FAST = train.Hyperparameters(image_sizes=(32, 40), batch_size=16, accumulation=2, skip=0.5, full_skip=1)
+FAST = train.Hyperparameters(image_sizes=(32, 40), batch_size=25, accumulation=2)
 
 
 @pytest.fixture(scope="session")
@@ -30,16 +33,30 @@ def project(tmp_path: Path, tiny_data: Path) -> Path:
     return folder
 
 
-def use_data(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
-    """Make the imported train.py use the small CIFAR-10 in `data`."""
-    for name, value in tiny.checksums(data).items():
-        monkeypatch.setattr(train.CIFAR10, name, value)
-    monkeypatch.setattr(train, "DATA", data)
-
-
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_data: Path) -> Path:
     """Make the imported train.py use the small data set and a checkpoint folder of its own, which is returned."""
-    use_data(monkeypatch, tiny_data)
+    for name, value in tiny.checksums(tiny_data).items():
+        monkeypatch.setattr(train.CIFAR10, name, value)
+    monkeypatch.setattr(train, "DATA", tiny_data)
     monkeypatch.setattr(train, "CHECKPOINTS", tmp_path / "checkpoints")
     return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def edit(small: Path, tmp_path: Path, tiny_data: Path) -> Callable[..., ModuleType]:
+    """Return a function that imports a copy of train.py in which texts are replaced, as a student edits it."""
+
+    def edit(changes: dict[str, str]) -> ModuleType:
+        text = (ROOT / "train.py").read_text(encoding="utf-8")
+        for old, new in changes.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        (file := tmp_path / "edited.py").write_text(text, encoding="utf-8")
+        module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("edited", file))
+        sys.modules["edited"] = module  # because dataclasses look their module up there
+        spec.loader.exec_module(module)
+        module.DATA, module.CHECKPOINTS = tiny_data, small
+        return module
+
+    return edit

@@ -1,6 +1,7 @@
 """A CIFAR-10 of random images. `python tests/tiny.py FOLDER ARGUMENT ...` runs FOLDER/train.py on FOLDER/data."""
 
 import hashlib
+import json
 import pickle
 import runpy
 import shutil
@@ -44,7 +45,7 @@ def assert_equal(a: object, b: object) -> None:
 def saved_state(path: Path) -> dict:
     """Return what a checkpoint holds, but for the seconds, which no two runs share."""
     state = torch.load(path, weights_only=True)
-    return state | {"history": [row | {"seconds": 0} for row in state["history"]]}
+    return state | {"history": [row | {"seconds": 0} for row in json.loads(state["history"])]}
 
 
 if __name__ == "__main__":
