@@ -56,16 +56,12 @@ def test_dropout_draws_the_same_again_and_after_a_resume(small: Path, monkeypatc
 def test_another_number_of_classes(count: int, small: Path, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(train, "CLASSES", [f"class {number}" for number in range(count)])
     monkeypatch.setattr(train.Hyperparameters.__init__, "__defaults__", tuple(vars(FAST).values()))
-    status = train.main(["--epochs", "1"])
+    assert train.main(["--epochs", "1"]) == (count == 2)
     out, err = capsys.readouterr()
     if count == 100:
-        assert status == 0 and train.load(small / "resnet18-001.pt")["model"]["fc.weight"].shape == (100, 512)
+        assert train.load(small / "resnet18-001.pt")["model"]["fc.weight"].shape == (100, 512)
     else:
-        assert (
-            status == 1
-            and out == ""
-            and err == "pytest: CLASSES has 2 names, but a label is 9.\n".replace("pytest", Path(sys.argv[0]).name)
-        )
+        assert out == "" and err.endswith(": CLASSES has 2 names, but a label is 9.\n") and err.count("\n") == 1
 
 
 def test_every_parameter_group_follows_the_schedule_from_its_own_peak(small: Path, edit: Edit) -> None:
@@ -179,9 +175,3 @@ def test_an_unwritable_folder_with_the_archive_in_it(small: Path, tmp_path: Path
     monkeypatch.setattr(os, "mkdir", lambda path, *mode: (_ for _ in ()).throw(PermissionError(13, "Denied", path)))
     with pytest.raises(PermissionError, match=str(data)):  # main() prints it; nobody is told to put the archive there
         train.load_data(False)
-
-
-def test_help_says_where_hyperparameters_are_set(capsys: Capture) -> None:
-    with pytest.raises(SystemExit):
-        train.main(["-h"])
-    assert "class Hyperparameters" in capsys.readouterr().out

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/p
 
 
 @pytest.fixture
-def edited(project: Path) -> Path:
+def edited(project: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the project with 600 test images, 5 batches an epoch, of which a step has 3, dropout and a frozen stem."""
     shutil.rmtree(project / "data")
     tiny.make(project / "data", test=600)
@@ -34,6 +34,9 @@ def edited(project: Path) -> Path:
         for old, new in changes.items():
             text = text.replace(old, new)
         file.write_text(text)
+    for name, value in tiny.checksums(project / "data").items():
+        monkeypatch.setattr(train.CIFAR10, name, value)
+    monkeypatch.setattr(train, "DATA", project / "data")
     return project
 
 
@@ -65,6 +68,10 @@ def test_processes_train_what_one_trains(edited: Path) -> None:
     one, three = states
     losses = [[row["train_loss"] for row in state["history"]] for state in states]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    net, (_, test) = ResNet18(), train.load_data(validate=False)
+    net.load_state_dict(three["model"])
+    accuracy = (train.evaluate(net, test.pixels, 40).argmax(1) == test.labels).sum().item() / 600
+    assert accuracy == three["history"][1]["test_acc"]  # shared out, and each image counted once
     train.seed_draws(0)
     assert torch.equal(one["model"]["conv1.weight"], ResNet18().conv1.weight)
     assert torch.equal(three["model"]["conv1.weight"], one["model"]["conv1.weight"])
@@ -72,19 +79,6 @@ def test_processes_train_what_one_trains(edited: Path) -> None:
         # Of few batches a process counts fewer in its averages of batch normalisation; the mean is kept.
         bound = 1.0 if "running" in name else 0.02
         assert "batches" in name or relative_error(value, one["model"][name]) < bound
-
-
-def test_the_test_images_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels, net = torch.randint(256, (600, 32, 32, 3), dtype=torch.uint8), ResNet18()
-    expected, shares = train.evaluate(net, pixels, 32), []
-    monkeypatch.setattr(train, "WORLD_SIZE", 2)
-    monkeypatch.setattr(train, "add_up", shares.extend)
-    for rank in (0, 1):
-        monkeypatch.setattr(train, "RANK", rank)
-        train.evaluate(net, pixels, 32)
-    assert torch.equal(sum(shares), expected) and [share.any(1).sum() for share in shares] == [350, 250]
-    with pytest.raises(train.RunError, match="accumulation cannot be 1, see "):
-        train.Hyperparameters(accumulation=1)
 
 
 def test_a_killed_process(edited: Path) -> None:
