@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -154,9 +155,9 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path: Path) -> None:
     state = {"format": train.CHECKPOINT_FORMAT, "hyperparameters": "{}", "history": "[]", "model": {"a": torch.ones(9)}}
     torch.save(state, path := tmp_path / "resnet18-001.pt")
     whole, loaded, refused = path.read_bytes(), train.load(path), 0
-    draw = random.Random(0)
-    for _ in range(1500):  # in a small file, so that headers and names are met, too
-        bit = draw.randrange(8 * len(whole))
+    bits = random.Random(0).sample(range(8 * len(whole)), 1500)  # of a small file, so that headers are met, too
+    bits += [8 * (entry.start() + 38) + 4 for entry in re.finditer(b"PK\x01\x02", whole)]  # "this is a folder"
+    for bit in bits:
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
