@@ -26,7 +26,7 @@ class ResBlk(nn.Module):
         self.downsample = shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return relu(F(x) + shortcut(x)), eq. (1) and (2): (N, C, H, W) to (N, channels, H / stride, W / stride)."""
+        """Return relu(residual + shortcut(x)), eq. (1), (2): (N, C, H, W) to (N, channels, H / stride, W / stride)."""
         residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         return self.relu(residual + self.downsample(x))
 
@@ -39,7 +39,7 @@ class BottleneckBlk(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
         out_channels = channels * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride, bias=False)  # torchvision strides conv2
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride, bias=False)  # torchvision: on conv2
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = Conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
@@ -51,7 +51,7 @@ class BottleneckBlk(nn.Module):
         nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return relu(F(x) + shortcut(x)): (N, C, H, W) to (N, 4 channels, H / stride, W / stride)."""
+        """Return relu(residual + shortcut(x)): (N, C, H, W) to (N, 4 channels, H / stride, W / stride)."""
         out = self.relu(self.bn1(self.conv1(x)))
         residual = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(out)))))
         return self.relu(residual + self.downsample(x))
@@ -128,7 +128,7 @@ def ResNet152(block: Block = BottleneckBlk, layers: Sequence[int] = (3, 8, 36, 3
     return ResNet(block, layers, num_classes)
 
 
-# From here on nothing changes what the network computes, only how fast it trains.
+# From here on nothing changes what the network computes, but for rounding, only how fast it trains.
 # Side of the largest map on which the fast way beat the library, measured on x86. Torch has no oneDNN on ARM Macs.
 LARGEST_MAP = {"AVX2": 24, "AVX512": 12, "no oneDNN": 24}
 SMALLEST_BATCH = 32  # images; fewer were not measured
@@ -168,7 +168,7 @@ def fast_pays(conv: nn.Conv2d, x: Tensor) -> bool:
 
 # For a tile of m outputs, A, B and G with which A ((G w) * (B x)) is the convolution of x (m + 2,) with w (3,).
 # 3 and 4 outputs take m + 2 multiplications instead of 3 m: Lavin and Gray 2015, arXiv:1509.09308, section 4, with the
-# points 0, 1, -1, 2, -2 and infinity. 2 outputs between two zeros take 3: Karatsuba's.
+# points 0, 1, -1, 2, infinity and, for 4, -2. 2 outputs between two zeros take 3: Karatsuba's.
 TILES = {
     2: ([[1, 1, 0], [1, 0, 1]], [[0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 0, 0]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]]),
     3: (

@@ -264,7 +264,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     order = torch.randperm(len(images.labels))
     batches = order.tensor_split(max(1, len(order) // h.batch_size))  # of about that size
     sums = torch.zeros(2, dtype=torch.float64)  # of losses and correct predictions
-    wait = 0.2 if sys.stderr.isatty() else 60  # seconds between updates of the bar
+    wait = 0.2 if os.isatty(2) else 60  # seconds between updates of the bar
     bar = tqdm(batches, f"Epoch {epoch + 1}", leave=False, miniters=1, mininterval=wait, delay=wait, disable=RANK > 0)
     for number, index in enumerate(bar):
         if number % WORLD_SIZE == RANK:  # the processes take batches in turn
@@ -443,7 +443,7 @@ def train(
     h: Hyperparameters | None = None,
     resume: Path | None = None,
 ) -> list[dict]:
-    """Train a new run, or go on with the checkpoint `resume`; return a row per epoch."""
+    """Train a new run, or go on with `resume` as it was set; return a row per epoch."""
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo")
         atexit.register(distributed.destroy_process_group)  # else the first process to end aborts
