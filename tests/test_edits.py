@@ -167,12 +167,3 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path: Path) -> None:
             assert str(path) in str(error)
             refused += 1
     assert 700 < refused < 1400
-
-
-def test_an_unwritable_folder_with_the_archive_in_it(small: Path, tmp_path: Path, monkeypatch: Patch) -> None:
-    (data := tmp_path / "data").mkdir()
-    (data / train.CIFAR10.filename).write_bytes((train.DATA / train.CIFAR10.filename).read_bytes())
-    monkeypatch.setattr(train, "DATA", data)
-    monkeypatch.setattr(os, "mkdir", lambda path, *mode: (_ for _ in ()).throw(PermissionError(13, "Denied", path)))
-    with pytest.raises(PermissionError, match=str(data)):  # main() prints it; nobody is told to put the archive there
-        train.load_data(False)
