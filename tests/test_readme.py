@@ -32,7 +32,7 @@ def test_commands(small: Path, monkeypatch: Patch, capsys: Capture) -> None:
     # The README's printed lines have the form of ours, whatever the numbers.
     example = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1].splitlines()
     forms = [[re.sub(r"[\d.,:]+", "0", line).split(" checkpoint")[0] for line in lines] for lines in (example, printed)]
-    assert [forms[0][number] for number in (0, 1, -1)] == [forms[1][number] for number in (0, 1, -1)]
+    assert forms[0] == forms[1][:3]
 
 
 def test_sweep(small: Path, capsys: Capture) -> None:
