@@ -1,4 +1,4 @@
-"""Print how many minutes a run takes on this machine, and 30 epochs of a plain loop, in under two minutes.
+"""Print how many minutes a run takes on this machine, and 30 epochs of a plain loop.
 
     python tests/benchmark.py
 
