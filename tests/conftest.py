@@ -1,7 +1,10 @@
-"""The project's folder on the import path, a small CIFAR-10 in place of the real one, and a short recipe."""
+"""The project's folder on the import path, and a small CIFAR-10, network and recipe in place of the real ones."""
 
 import importlib.util
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,35 @@ import tiny  # noqa: E402
 
 import train  # noqa: E402
 
+tiny.add_network()
 FAST = train.Hyperparameters(image_sizes=(32, 40), batch_size=25, accumulation=2)
+
+
+def use_data(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the imported train.py train on the images in `data`."""
+    for name, value in tiny.checksums(data).items():
+        monkeypatch.setattr(train.CIFAR10, name, value)
+    monkeypatch.setattr(train, "DATA", data)
+
+
+def changed(name: str, changes: dict[str, str]) -> str:
+    """Return the project's file `name` with texts replaced, as a student edits it."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def start(project: Path, arguments: str, processes: int = 1, options: str = "") -> subprocess.Popen[str]:
+    """Start train.py by a shell, with a thread for each process; by torchrun if there are several."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes} {options}" * (processes > 1)
+    command = f'exec "{sys.executable}" {torchrun} "{tiny.__file__}" "{project}" {arguments}'
+    # Without the second a restarted process may meet what a killed one left: pytorch/pytorch#135712.
+    variables = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731, as a job in the background does not
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, shell=True, preexec_fn=listen, env=os.environ | variables, **pipes)
 
 
 @pytest.fixture(scope="session")
@@ -36,23 +67,17 @@ def project(tmp_path: Path, tiny_data: Path) -> Path:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_data: Path) -> Path:
     """Make the imported train.py use the small data set and a checkpoint folder of its own, which is returned."""
-    for name, value in tiny.checksums(tiny_data).items():
-        monkeypatch.setattr(train.CIFAR10, name, value)
-    monkeypatch.setattr(train, "DATA", tiny_data)
+    use_data(tiny_data, monkeypatch)
     monkeypatch.setattr(train, "CHECKPOINTS", tmp_path / "checkpoints")
     return tmp_path / "checkpoints"
 
 
 @pytest.fixture
 def edit(small: Path, tmp_path: Path, tiny_data: Path) -> Callable[..., ModuleType]:
-    """Return a function that imports a copy of train.py in which texts are replaced, as a student edits it."""
+    """Return a function that imports a changed copy of train.py."""
 
     def edit(changes: dict[str, str]) -> ModuleType:
-        text = (ROOT / "train.py").read_text(encoding="utf-8")
-        for old, new in changes.items():
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
-        (file := tmp_path / "edited.py").write_text(text, encoding="utf-8")
+        (file := tmp_path / "edited.py").write_text(changed("train.py", changes), encoding="utf-8")
         module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("edited", file))
         sys.modules["edited"] = module  # because dataclasses look their module up there
         spec.loader.exec_module(module)

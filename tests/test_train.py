@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
-from conftest import FAST
+from conftest import FAST, ROOT
 from PIL import Image
 from tiny import assert_equal, saved_state
 from torch import nn
@@ -37,15 +36,15 @@ def test_augment_equals_pad_crop_flip() -> None:
     assert torch.equal(train.augment(pixels, torch.zeros(20, dtype=torch.bool), 0), pixels)
 
 
-def test_to_input_equals_torchvisions_transforms() -> None:
+@pytest.mark.parametrize("size", [24, 32, 48])
+def test_to_input_equals_torchvisions_transforms(size: int) -> None:
     pixels = noise(4)
-    for size in (32, 48, 24):
-        normalise = v2.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-        resize = v2.Resize((size, size), antialias=False)
-        transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), resize, normalise])
-        x = train.to_input(pixels, size)
-        torch.testing.assert_close(x, transform(pixels.permute(0, 3, 1, 2)), rtol=1e-4, atol=1e-5)
-        assert x.is_contiguous(memory_format=torch.channels_last)
+    normalise = v2.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    resize = v2.Resize((size, size), antialias=False)
+    transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), resize, normalise])
+    x = train.to_input(pixels, size)
+    torch.testing.assert_close(x, transform(pixels.permute(0, 3, 1, 2)), rtol=1e-4, atol=1e-5)
+    assert x.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (40, 6), (5, 5)])
@@ -59,27 +58,23 @@ def test_orthogonalise_acts_on_the_singular_values_alone(shape: tuple[int, int])
     assert not train.orthogonalise(torch.zeros(shape)).any()  # as a new bottleneck's gradients, and not NaN
 
 
-@pytest.mark.parametrize("shape", [(8, 3, 5, 5), (8, 6, 1, 1)])
+@pytest.mark.parametrize("shape", [(8, 3, 5, 5), (8, 6, 1, 1), (7,), (4, 6)])
 def test_muon_steps(shape: tuple[int, ...]) -> None:
-    kernel, vector, matrix, frozen = (nn.Parameter(torch.randn(size)) for size in (shape, (7,), (4, 6), shape))
-    kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
-    others = [nn.Parameter(p.detach().clone()) for p in (vector, matrix)]
-    expected, momentum, before = kernel.detach().double(), 0.0, frozen.requires_grad_(False).clone()
-    muon = train.Muon([kernel, vector, matrix, frozen], lr=0.1, bn_lr_factor=3.0, momentum=0.9)
-    sgd = torch.optim.SGD([{"params": others[:1]}, {"params": others[1:], "lr": 0.1}], 0.3, 0.9, nesterov=True)
+    """Kernels by the formula in float64, all else as torch's SGD does."""
+    p, frozen = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.ones(shape), requires_grad=False)
+    twin, expected, momentum = nn.Parameter(p.detach().clone()), p.detach().double(), 0.0
+    muon = train.Muon([p, frozen], lr=0.1, bn_lr_factor=3.0, momentum=0.9)
+    sgd = torch.optim.SGD([twin], 0.3 if p.ndim == 1 else 0.1, 0.9, nesterov=True)
     for _ in range(4):
-        for p in (kernel, vector, matrix):
-            p.grad = torch.randn_like(p)
-        for p, other in zip((vector, matrix), others, strict=True):
-            other.grad = p.grad.clone()
-        muon.step()
-        sgd.step()
-        momentum = 0.9 * momentum + kernel.grad.double()
-        step = train.orthogonalise((kernel.grad + 0.9 * momentum).flatten(1)).view(shape)
-        expected = expected * min(8, kernel[0].numel()) ** 0.5 / expected.norm() - 0.1 * step
-        torch.testing.assert_close(kernel.detach().double(), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close([vector, matrix], others)
-    assert torch.equal(frozen, before)
+        p.grad = torch.randn(shape)
+        twin.grad = p.grad.clone()
+        muon.step(), sgd.step()
+        if p.ndim == 4:
+            momentum = 0.9 * momentum + p.grad.double()
+            step = train.orthogonalise((p.grad + 0.9 * momentum).flatten(1)).view(shape)
+            expected = expected * min(8, p[0].numel()) ** 0.5 / expected.norm() - 0.1 * step
+        torch.testing.assert_close(p.double(), expected if p.ndim == 4 else twin.double(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(frozen, torch.ones(shape))
 
 
 def test_training_equals_a_loop_written_out(small: Path) -> None:
@@ -93,25 +88,22 @@ def test_training_equals_a_loop_written_out(small: Path) -> None:
     muon = train.Muon(net.parameters(), lr=0.0, bn_lr_factor=3.0, momentum=0.8)
     seed_draws(5, "mirror")
     mirror = torch.rand(100) < 0.5
-    for epoch, size in enumerate((32, 32, 40)):
+    for epoch, (size, row) in enumerate(zip((32, 32, 40), history, strict=True)):
         seed_draws(5, epoch)
-        order, correct, losses = torch.randperm(100), 0, []
-        for first, last in ((0, 2), (2, 4), (4, 5)):
-            net.zero_grad()
-            for number in range(first, last):
-                index = order[20 * number : 20 * number + 20]
-                seed_draws(5, epoch, number)
-                pixels = train.augment(images.pixels[index], mirror[index], 3)
-                logits = net(train.to_input(pixels, size))
-                loss = F.cross_entropy(logits, images.labels[index], label_smoothing=0.3)
-                (loss / 2).backward()
-                losses.append(loss.item())
-                correct += (logits.argmax(1) == images.labels[index]).sum().item()
-            done = (5 * epoch + last - 0.5) / 15  # the middle of the step's last batch
-            muon.param_groups[0]["lr"] = rate = 0.02 * (done / 0.3 if done < 0.3 else (1 - done) / 0.7)
-            muon.step()
+        correct, losses = 0, []
+        for number, index in enumerate(torch.randperm(100).split(20)):
+            seed_draws(5, epoch, number)
+            pixels = train.augment(images.pixels[index], mirror[index], 3)
+            logits = net(train.to_input(pixels, size))
+            loss = F.cross_entropy(logits, images.labels[index], label_smoothing=0.3)
+            (loss / 2).backward()
+            losses.append(loss.item())
+            correct += (logits.argmax(1) == images.labels[index]).sum().item()
+            if number in (1, 3, 4):
+                done = (5 * epoch + number + 0.5) / 15
+                muon.param_groups[0]["lr"] = rate = 0.02 * (done / 0.3 if done < 0.3 else (1 - done) / 0.7)
+                muon.step(), net.zero_grad()
         mirror = ~mirror
-        row = history[epoch]
         assert (row["epoch"], row["image_size"], row["train_acc"]) == (epoch + 1, size, correct / 100)
         assert row["train_loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
     checkpoint = train.load(small / "resnet18-001.pt")
@@ -119,22 +111,16 @@ def test_training_equals_a_loop_written_out(small: Path) -> None:
     assert checkpoint["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate)
     assert checkpoint["mean"] == pytest.approx([0.4914, 0.4822, 0.4465])
     assert checkpoint["std"] == pytest.approx([0.2470, 0.2435, 0.2616])
-    reference = torchvision.models.resnet18(num_classes=10).eval()
-    reference.load_state_dict(checkpoint["model"])
-    logits = reference(train.to_input(test.pixels, checkpoint["image_size"])).detach()
-    ours = train.evaluate(net, test.pixels.repeat(7, 1, 1, 1), 40)  # more than it takes at once
+    logits = net.eval()(train.to_input(test.pixels, 40)).detach()
+    ours = train.evaluate(net.train(), test.pixels.repeat(7, 1, 1, 1), 40)  # more than it takes at once
     torch.testing.assert_close(ours, logits.repeat(7, 1), rtol=1e-3, atol=1e-3)
     assert history[-1]["test_acc"] == (logits.argmax(1) == test.labels).sum().item() / 40 and not ours.requires_grad
 
 
-def test_image_sizes_share_the_epochs_and_seeds_draw_other_weights() -> None:
-    def sizes(epochs: int) -> list[int]:
-        run = train.Run("resnet18", epochs, 0, Hyperparameters(image_sizes=(32, 48, 64)))
-        return [run.image_size(epoch) for epoch in range(epochs)]
-
-    assert (sizes(6), sizes(4), sizes(1)) == ([32, 32, 48, 48, 64, 64], [32, 48, 48, 64], [48])
-    weights = [train.Run("resnet18", 1, seed, FAST).model.fc.weight for seed in (0, 0, 1)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+def test_image_sizes_share_the_epochs() -> None:
+    for epochs, sizes in ((6, [32, 32, 48, 48, 64, 64]), (4, [32, 48, 48, 64]), (1, [48])):
+        run = train.Run("resnet10", epochs, 0, Hyperparameters(image_sizes=(32, 48, 64)))
+        assert [run.image_size(epoch) for epoch in range(epochs)] == sizes
 
 
 def test_validation_holds_training_images_out(small: Path) -> None:
@@ -147,21 +133,21 @@ def test_validation_holds_training_images_out(small: Path) -> None:
         assert torch.equal((part.pixels.float().mean((1, 2, 3)) - 49.5).div(15).round(), part.labels.float())
 
 
-def test_learns(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_learns_and_prints_as_the_readme_says(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     h = Hyperparameters(image_sizes=(32,), batch_size=20, accumulation=1, peak_lr=0.02, crop=0)
-    history = train.train("resnet18", 6, h=h)
+    history = train.train("resnet10", 6, h=h)
     assert history[-1]["test_acc"] > 0.25  # guessing gives 0.1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "resnet18, 100 training and 40 test images"
+    lines, path = capsys.readouterr().out.splitlines(), small / "resnet10-001.pt"
     for number, (line, row) in enumerate(zip(lines[1:7], history, strict=True), 1):
         numbers = f"test acc: {row['test_acc']:.4f}, train loss: {row['train_loss']:.4f}, 32 px, {row['seconds']:.0f} s"
         assert line == f"Epoch {number}, {numbers}, {timedelta(seconds=round((6 - number) * row['seconds']))} left"
     total = timedelta(seconds=round(sum(row["seconds"] for row in history)))
-    path = small / "resnet18-001.pt"
     assert lines[7] == f"test acc after 6 epochs: {history[-1]['test_acc']:.4f}, total time {total}, checkpoint {path}"
+    example = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    forms = [re.sub(r"[\d.,:]+", "0", line) for line in lines]
+    assert [re.sub(r"[\d.,:]+", "0", line) for line in example.splitlines()] == forms[:6]
     with path.with_suffix(".csv").open() as file:
-        table = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    assert table == history
+        assert [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)] == history
 
 
 def test_the_worst_mistakes_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,26 +166,27 @@ def test_the_worst_mistakes_are_drawn(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(
     validate: bool, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    h, seen, evaluate = replace(FAST, validate=validate), [], train.evaluate
-    monkeypatch.setattr(
-        train, "evaluate", lambda model, pixels, size: seen.append(pixels) or evaluate(model, pixels, size)
-    )
-    whole = train.train("resnet18", 3, seed=5, h=h)
-    path, save = small / "resnet18-002.pt", train.save
+    """With dropout, to show that whatever draws does so again."""
+    h, used = replace(FAST, validate=validate), []
+    forward, evaluate, save = train.ResNet.forward, train.evaluate, train.save
+    dropout = lambda net, x: F.dropout(forward(net, x), 0.3, net.training)  # noqa: E731
+    monkeypatch.setattr(train.ResNet, "forward", dropout)
+    monkeypatch.setattr(train, "evaluate", lambda net, pixels, size: used.append(pixels) or evaluate(net, pixels, size))
 
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    for name, stop in {"to_input": interrupt, "save": lambda run: interrupt(save(run))}.items():
-        for _ in range(2 - validate):  # in the first epoch, and after each of two
-            with monkeypatch.context() as patch:
-                patch.setattr(train, name, stop)
-                with pytest.raises(KeyboardInterrupt, match=rf'^Go on with --resume "{re.escape(str(path))}"$'):
-                    train.train(resume=path) if path.exists() else train.train("resnet18", 3, seed=5, h=h)
+    whole = train.train("resnet10", 3, seed=5, h=h)
+    path = small / "resnet10-002.pt"
+    told = rf'^Go on with --resume "{re.escape(str(path))}"$'
+    for name, stop in [("to_input", interrupt)] + [("save", lambda run: interrupt(save(run)))] * 2:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=told):
+            patch.setattr(train, name, stop)  # in the first epoch, and after each of two
+            train.train(resume=path) if path.exists() else train.train("resnet10", 3, seed=5, h=h)
     state = torch.get_rng_state()
     resumed = train.train(resume=path)
     assert torch.equal(torch.get_rng_state(), state)
     assert [row | {"seconds": 0} for row in resumed] == [row | {"seconds": 0} for row in whole]
-    assert_equal(saved_state(small / "resnet18-001.pt"), saved_state(path))
-    assert all(torch.equal(pixels, train.load_data(validate)[1].pixels) for pixels in seen)
+    assert_equal(saved_state(small / "resnet10-001.pt"), saved_state(path))
+    assert all(torch.equal(pixels, train.load_data(validate)[1].pixels) for pixels in used)
     assert ("val_acc" in whole[0], "test_acc" in whole[0]) == (validate, not validate)

@@ -1,6 +1,7 @@
-"""A CIFAR-10 of random images. `python tests/tiny.py FOLDER ARGUMENT ...` runs FOLDER/train.py on FOLDER/data."""
+"""A CIFAR-10 of random images and a ResNet-10. `python tests/tiny.py FOLDER ARGUMENT ...` runs train.py with both."""
 
 import hashlib
+import importlib
 import json
 import pickle
 import runpy
@@ -32,6 +33,12 @@ def checksums(data: Path) -> dict[str, object]:
     return lists | {"tgz_md5": sums[CIFAR10.filename], "meta": CIFAR10.meta | {"md5": sums["batches.meta"]}}
 
 
+def add_network() -> None:
+    """Add resnet10 to the table of networks: a block per stage, which trains twice as fast as two."""
+    model = importlib.import_module("model")
+    model.LAYER_TABLE["resnet10"] = (model.ResBlk, (1, 1, 1, 1))
+
+
 def assert_equal(a: object, b: object) -> None:
     """Compare nested containers bit for bit."""
     assert type(a) is type(b)
@@ -54,4 +61,5 @@ if __name__ == "__main__":
         setattr(CIFAR10, name, value)
     sys.argv[:2] = [str(folder / "train.py")]
     sys.path.insert(0, str(folder))
+    add_network()
     runpy.run_path(sys.argv[0], run_name="__main__")
