@@ -1,6 +1,5 @@
 """The project's folder on the import path, and a small CIFAR-10, network and recipe in place of the real ones."""
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -29,9 +28,9 @@ def use_data(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "DATA", data)
 
 
-def changed(name: str, changes: dict[str, str]) -> str:
-    """Return the project's file `name` with texts replaced, as a student edits it."""
-    text = (ROOT / name).read_text(encoding="utf-8")
+def changed(file: Path, changes: dict[str, str]) -> str:
+    """Return what `file` says with texts replaced, as a student edits it."""
+    text = file.read_text(encoding="utf-8")
     for old, new in changes.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -73,14 +72,13 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_data: Path) -> P
 
 
 @pytest.fixture
-def edit(small: Path, tmp_path: Path, tiny_data: Path) -> Callable[..., ModuleType]:
+def edit(small: Path, tiny_data: Path) -> Callable[..., ModuleType]:
     """Return a function that imports a changed copy of train.py."""
 
     def edit(changes: dict[str, str]) -> ModuleType:
-        (file := tmp_path / "edited.py").write_text(changed("train.py", changes), encoding="utf-8")
-        module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("edited", file))
-        sys.modules["edited"] = module  # because dataclasses look their module up there
-        spec.loader.exec_module(module)
+        module = sys.modules["edited"] = ModuleType("edited")  # there, because dataclasses look it up
+        module.__file__ = str(ROOT / "train.py")
+        exec(changed(ROOT / "train.py", changes), vars(module))
         module.DATA, module.CHECKPOINTS = tiny_data, small
         return module
 

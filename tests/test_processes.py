@@ -31,7 +31,7 @@ def edited(project: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "train.py": values | {optimizer: f"        self.model.conv1.requires_grad_(False)\n{optimizer}"},
     }
     for name, changes in edits.items():
-        (project / name).write_text(changed(name, changes), encoding="utf-8")
+        (project / name).write_text(changed(project / name, changes), encoding="utf-8")
     return project
 
 
@@ -79,9 +79,8 @@ def test_two_processes_train_what_one_trains_and_go_on_when_one_is_killed(edited
 
 def test_early_stopping(edited: Path) -> None:
     end = 'left", flush=True)\n'
-    text = (edited / "train.py").read_text(encoding="utf-8")
-    assert text.count(end) == 1
-    (edited / "train.py").write_text(text.replace(end, f"{end}        if accuracy < 2:\n            break\n"))
+    text = changed(edited / "train.py", {end: f"{end}        if accuracy < 2:\n            break\n"})
+    (edited / "train.py").write_text(text, encoding="utf-8")
     out, err = (torchrun := start(edited, "--arch resnet10 --epochs 3", 2)).communicate(timeout=120)
     assert torchrun.returncode == 0 and "test acc after 1 epochs: " in out and "Traceback" not in err
 

@@ -13,13 +13,7 @@ from model import ResNet18
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def block(word: str) -> str:
-    """Return the only block of Python that has `word`."""
-    (found,) = [b for b in BLOCKS if word in b]
-    return found
+SWEEP, CLASSIFY, FINE_TUNE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_commands(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -33,7 +27,7 @@ def test_commands(tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 def test_sweep(small: Path, capsys: Capture) -> None:
-    exec(block("for lr in").replace("epochs=5", "epochs=1"), {})
+    exec(SWEEP.replace("epochs=5", "epochs=1"), {})
     table = re.findall(r"^(0\.\d+): \d\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
     assert table == ["0.03", "0.05", "0.08"] and len(list(small.glob("*.pt"))) == 3
 
@@ -47,7 +41,7 @@ def test_prediction_equals_the_evaluation(small: Path, tmp_path: Path, monkeypat
     for i in (0, 7, 33):
         to_pil_image(images.pixels[i].permute(2, 0, 1)).save("picture.png")
         names: dict = {}
-        exec(block("Image.open"), names)
+        exec(CLASSIFY, names)
         torch.testing.assert_close(names["logits"][0], logits[i], rtol=1e-3, atol=1e-3)
         assert capsys.readouterr().out.splitlines()[-1] == train.CLASSES[logits[i].argmax()]
 
@@ -56,7 +50,7 @@ def test_fine_tuning_changes_the_new_layer_alone(monkeypatch: Patch) -> None:
     made = torchvision.models.resnet18()
     monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: made)
     names: dict = {}
-    exec(block("DEFAULT").replace("224", "32"), names)
+    exec(FINE_TUNE.replace("224", "32"), names)
     state = names["net"].state_dict()
     assert all(torch.equal(state[name], value) for name, value in made.state_dict().items() if name[:2] != "fc")
     assert names["net"].fc.weight.grad.any() and names["net"](torch.randn(2, 3, 64, 64)).shape == (2, 10)
