@@ -85,14 +85,17 @@ def test_bad_checkpoints(case: str, finished: Path, capsys: Capture) -> None:
     assert {file: file.read_bytes() for file in path.parent.iterdir() if file.is_file()} == before
 
 
-def test_a_link_and_a_table_that_is_open_elsewhere(finished: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_links_and_a_table_that_is_open_elsewhere(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     torch.save(FINISHED | {"epochs": 2}, finished)
+    (old := tmp_path / "old").hardlink_to(finished)
+    before = old.read_bytes()
     (link := tmp_path / "latest").symlink_to(finished)
     (table := finished.with_suffix(".csv")).mkdir()
     status, out, err = main(capsys, "--resume", link)
     assert status == 0 and "\ntest acc after 2 epochs: " in out and str(finished) in out
     assert err[-1] == f"Cannot write {table}: Is a directory"
     assert link.is_symlink() and len(train.load(finished)["history"]) == 2
+    assert old.read_bytes() == before  # a save moves a whole file into the place of the old one, which nothing changes
 
 
 def test_bare_resume_takes_the_run_saved_last(finished: Path, capsys: Capture) -> None:
