@@ -341,7 +341,7 @@ def draw_mistakes(logits: Tensor, images: Images, path: Path) -> None:
     for label, name in enumerate(CLASSES):
         wrong = ((images.labels == label) & (predicted != label)).nonzero()[:, 0]
         worst = wrong[confidence[wrong].argsort(descending=True)[:8]]
-        for tile, i in zip(tiles[label], worst, strict=False):  # may be fewer than 8
+        for tile, i in zip(tiles[label], worst, strict=False):  # may be fewer
             tile[:, 14:] = F.interpolate(images.pixels[i].permute(2, 0, 1)[None], 160)[0]
             text = [f"{name} as {CLASSES[predicted[i]]}"]
             tile[:] = draw_bounding_boxes(tile, torch.tensor([[0, 0, 159, 13]]), text, colors="black")
@@ -475,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.get("epochs", 1) < 1:
         parser.error("argument --epochs: must be at least 1")
     if "resume" in args and len(args) > 1:
-        parser.error(f"a resumed run keeps its own {' and '.join(args.keys() - {'resume'})}")
+        parser.error(f"a resumed run keeps its own {' and '.join(sorted(args.keys() - {'resume'}))}")
     if args.get("resume") is True and RANK == 0:
         runs = [path for path in CHECKPOINTS.glob("*-[0-9]*[0-9].pt") if path.stat().st_size]  # 0: never began
         if not runs:

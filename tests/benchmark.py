@@ -29,13 +29,14 @@ def minutes(call: Callable[..., object], *arguments: object) -> float:
 
 def plain_loop(arch: str) -> float:
     """Return the minutes of 30 epochs."""
-    model, x = torchvision.models.get_model(arch, num_classes=10), torch.randn(128, 3, 32, 32)
+    model = torchvision.models.get_model(arch, num_classes=10)
+    x, labels = torch.randn(128, 3, 32, 32), torch.arange(128) % 10
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9, weight_decay=5e-4)
 
     def steps(count: int) -> None:
         for _ in range(count):
             optimizer.zero_grad()
-            F.cross_entropy(model(x), torch.arange(128) % 10).backward()
+            F.cross_entropy(model(x), labels).backward()
             optimizer.step()
 
     steps(1)  # the first is slower
@@ -58,7 +59,9 @@ if __name__ == "__main__":
     plain = {arch: plain_loop(arch) for arch in NETWORKS}
     train.tune_process()
     for arch in NETWORKS:
-        runs = [train.Run(arch, epochs, 0, train.Hyperparameters()) for epochs in (5, 10, 30)]
-        by_size = {size: epoch(arch, size) for size in runs[0].h.image_sizes}
-        cells = [sum(by_size[run.image_size(number)] for number in range(run.epochs)) for run in runs]
+        run, cells = train.Run(arch, 1, 0, train.Hyperparameters()), []
+        by_size = {size: epoch(arch, size) for size in run.h.image_sizes}
+        for epochs in (5, 10, 30):
+            run.epochs = epochs
+            cells.append(sum(by_size[run.image_size(number)] for number in range(epochs)))
         print(f"| {arch} | " + " | ".join(f"{cell:.0f}" for cell in [*cells, plain[arch]]) + " |", flush=True)

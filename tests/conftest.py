@@ -39,7 +39,7 @@ def changed(file: Path, changes: dict[str, str]) -> str:
 
 def start(project: Path, arguments: str, processes: int = 1, options: str = "") -> subprocess.Popen[str]:
     """Start train.py by a shell, with a thread for each process; by torchrun if there are several."""
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes} {options}" * (processes > 1)
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes} {options}" if processes > 1 else ""
     command = f'exec "{sys.executable}" {torchrun} "{tiny.__file__}" "{project}" {arguments}'
     # Without the second a restarted process may meet what a killed one left: pytorch/pytorch#135712.
     variables = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -53,6 +53,7 @@ ARGUMENTS = {
     "--seed one": "argument --seed: invalid int value: 'one'",
     "--resume": "there is no run to resume in ",
     "--seed 0 --resume x.pt": "a resumed run keeps its own seed",
+    "--seed 0 --epochs 7 --arch resnet34 --resume": "a resumed run keeps its own arch and epochs and seed",
 }
 
 

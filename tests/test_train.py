@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAST, ROOT
+from conftest import FAST
 from PIL import Image
+from test_readme import README
 from tiny import assert_equal, saved_state
 from torch import nn
 from torch.nn import functional as F
@@ -61,12 +62,14 @@ def test_orthogonalise_acts_on_the_singular_values_alone(shape: tuple[int, int])
 @pytest.mark.parametrize("shape", [(8, 3, 5, 5), (8, 6, 1, 1), (7,), (4, 6)])
 def test_muon_steps(shape: tuple[int, ...]) -> None:
     """Kernels by the formula in float64, all else as torch's SGD does."""
-    p, frozen = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.ones(shape), requires_grad=False)
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format  # as in a run
+    p = nn.Parameter(torch.randn(shape).to(memory_format=layout))
+    frozen = nn.Parameter(torch.ones(shape), requires_grad=False)
     twin, expected, momentum = nn.Parameter(p.detach().clone()), p.detach().double(), 0.0
     muon = train.Muon([p, frozen], lr=0.1, bn_lr_factor=3.0, momentum=0.9)
     sgd = torch.optim.SGD([twin], 0.3 if p.ndim == 1 else 0.1, 0.9, nesterov=True)
     for _ in range(4):
-        p.grad = torch.randn(shape)
+        p.grad = torch.randn_like(p)
         twin.grad = p.grad.clone()
         muon.step(), sgd.step()
         if p.ndim == 4:
@@ -143,9 +146,9 @@ def test_learns_and_prints_as_the_readme_says(small: Path, capsys: pytest.Captur
         assert line == f"Epoch {number}, {numbers}, {timedelta(seconds=round((6 - number) * row['seconds']))} left"
     total = timedelta(seconds=round(sum(row["seconds"] for row in history)))
     assert lines[7] == f"test acc after 6 epochs: {history[-1]['test_acc']:.4f}, total time {total}, checkpoint {path}"
-    example = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    forms = [re.sub(r"[\d.,:]+", "0", line) for line in lines]
-    assert [re.sub(r"[\d.,:]+", "0", line) for line in example.splitlines()] == forms[:6]
+    example = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    form, expected = ([re.sub(r"[\d.,:]+", "0", line) for line in printed] for printed in (example, lines[:6]))
+    assert form == expected
     with path.with_suffix(".csv").open() as file:
         assert [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)] == history
 
