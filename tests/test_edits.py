@@ -91,10 +91,11 @@ def test_values_that_cannot_work(name: str, value: object, small: Path, monkeypa
 
 
 def test_fields_of_other_types_and_numpys_numbers(small: Path, edit: Edit) -> None:
-    fields = 'crop: int = 2\n    note: str = "x"\n    folder: Path | None = None  #'
+    limits = "    def __post_init__"
+    fields = f'    note: str = "x"\n    folder: Path | None = None\n\n{limits}'
     end = "run.history.append(row)"
     metrics = f'row |= {{"x": __import__("numpy").float64(0.5), "y": torch.tensor([2.0, 3.0])}}\n        {end}'
-    module = edit({"crop: int = 2  #": fields, end: metrics})
+    module = edit({limits: fields, end: metrics})
     with pytest.raises(module.RunError, match=r"Hyperparameters: folder cannot be PosixPath\('x'\)"):
         module.Hyperparameters(folder=Path("x"))
     with pytest.raises(AttributeError, match="lr"):
@@ -114,14 +115,15 @@ def test_fields_and_columns_that_came_or_went_since_a_run_began(small: Path, edi
     state = torch.load(path, weights_only=True)
     torch.save(state | {"history": json.dumps(json.loads(state["history"])[:1])}, path)
     capsys.readouterr()
-    changes = {"momentum: float = 0.9 ": "ema: float = 0.5 ", "momentum=h.momentum)": "momentum=0.9)"}
+    changes = {"momentum: float = ": "ema: float = 0.5  # ", "momentum=h.momentum)": "momentum=0.9)"}
     column = 'row["new"] = 7\n        run.history.append(row)'
     history = edit(changes | {"run.history.append(row)": column}).train(resume=path)
     lines = capsys.readouterr().err.splitlines()
     told = {line.split(":")[0]: line for line in lines}
     assert told["ema"] == "ema: 0.5 in the script, None in the checkpoint, 0.5 is used"
-    assert told["momentum"] == "momentum: None in the script, 0.9 in the checkpoint, None is used"
-    assert told["image_sizes"] == "image_sizes: (64, 96) in the script, [40] in the checkpoint, [40] is used"
+    assert told["momentum"] == f"momentum: None in the script, {FAST.momentum} in the checkpoint, None is used"
+    sizes = train.Hyperparameters().image_sizes
+    assert told["image_sizes"] == f"image_sizes: {sizes} in the script, [40] in the checkpoint, [40] is used"
     assert told.keys() == {"ema", "momentum", "image_sizes", "batch_size", "accumulation"} and len(lines) == 5
     with path.with_suffix(".csv").open() as file:
         table = list(csv.DictReader(file))

@@ -25,7 +25,7 @@ def edited(project: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny.make(project / "data", test=500)
     use_data(project / "data", monkeypatch)
     optimizer, pooled = "        self.optimizer = Muon", "self.avgpool(x).flatten(1)"
-    values = {"(64, 96)": "(32, 40)", "batch_size: int = 128": "batch_size: int = 20", "tion: int = 4": "tion: int = 2"}
+    values = {"h or Hyperparameters()": "h or Hyperparameters((32, 40), batch_size=20, accumulation=2)"}
     edits = {
         "model.py": {pooled: f"F.dropout({pooled}, 0.3, self.training)"},
         "train.py": values | {optimizer: f"        self.model.conv1.requires_grad_(False)\n{optimizer}"},
