@@ -128,7 +128,7 @@ def ResNet152(block: Block = BottleneckBlk, layers: Sequence[int] = (3, 8, 36, 3
     return ResNet(block, layers, num_classes)
 
 
-# From here on nothing changes what the network computes, but for rounding, only how fast it trains.
+# All that follows makes training faster. It changes what the network computes by rounding alone.
 # Side of the largest map on which the fast way beat the library, measured on x86. Torch has no oneDNN on ARM Macs.
 LARGEST_MAP = {"AVX2": 24, "AVX512": 12, "no oneDNN": 24}
 SMALLEST_BATCH = 32  # images; fewer were not measured
@@ -168,7 +168,7 @@ def fast_pays(conv: nn.Conv2d, x: Tensor) -> bool:
 
 # For a tile of m outputs, A, B and G with which A ((G w) * (B x)) is the convolution of x (m + 2,) with w (3,).
 # 3 and 4 outputs take m + 2 multiplications instead of 3 m: Lavin and Gray 2015, arXiv:1509.09308, section 4, with the
-# points 0, 1, -1, 2, infinity and, for 4, -2. 2 outputs between two zeros take 3: Karatsuba's.
+# points 0, 1, -1, 2, infinity and, for 4, -2. 2 outputs take 3, because zeros surround a map of 2: Karatsuba's.
 TILES = {
     2: ([[1, 1, 0], [1, 0, 1]], [[0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 0, 0]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]]),
     3: (

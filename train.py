@@ -81,7 +81,7 @@ class RunError(Exception):
     """An error that the user can fix; main() prints it as one line."""
 
 
-# This process's rank, and their number. Only from torchrun: job schedulers set these names, too.
+# This process's rank, and the number of processes. Job schedulers set these names without torchrun, too.
 RANK, WORLD_SIZE = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -171,8 +171,7 @@ def augment(pixels: Tensor, mirror: Tensor, crop: int) -> Tensor:
     count, side = pixels.shape[:2]
     position = torch.arange(side) + torch.randint(-crop, crop + 1, (2, count, 1))
     position = position.abs()  # reflected at the border: -1 becomes 1
-    position = side - 1 - (side - 1 - position).abs()  # and 32 becomes 30
-    rows, columns = position
+    rows, columns = side - 1 - (side - 1 - position).abs()  # and 32 becomes 30
     columns = torch.where(mirror[:, None], columns.flip(1), columns)
     return pixels[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
@@ -184,7 +183,7 @@ def to_input(pixels: Tensor, size: int) -> Tensor:
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return about U V^T for a float32 matrix (R, C) = U S V^T: values above 2 % of its norm become 0.7 to 1.2.
+    """Return about U V^T for a float32 matrix (R, C) = U S V^T: S above 2 % of its norm becomes 0.7 to 1.2.
 
     Three Newton-Schulz steps: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
@@ -206,15 +205,15 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for convolutions, SGD for all else, both with Nesterov's momentum.
 
-    A kernel is a matrix with a row per output channel. Its step is made orthogonal. It is kept at the norm of an
-    orthogonal matrix, which changes nothing where batch normalisation follows. torch.optim.Muon takes no kernels.
+    A kernel is a matrix with a row per output channel. Its step is made orthogonal. The kernel is kept at the norm of
+    an orthogonal matrix, which changes nothing where batch normalisation follows. torch.optim.Muon takes no kernels.
     """
 
     def __init__(self, parameters: Iterable, lr: float, bn_lr_factor: float, momentum: float) -> None:
         super().__init__(parameters, {"lr": lr, "bn_lr_factor": bn_lr_factor, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """Change the parameters by the gradients they hold."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -262,7 +261,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     mirror = (torch.rand(len(images.labels)) < 0.5) ^ (epoch % 2 == 1)
     seed_draws(run.seed, epoch)
     order = torch.randperm(len(images.labels))
-    batches = order.tensor_split(max(1, len(order) // h.batch_size))
+    batches = order.tensor_split(max(1, len(order) // h.batch_size))  # 390, of 128 or 129 images
     sums = torch.zeros(2, dtype=torch.float64)  # of losses and correct predictions
     wait = 0.2 if os.isatty(2) else 60  # seconds between updates of the bar
     bar = tqdm(batches, f"Epoch {epoch + 1}", leave=False, miniters=1, mininterval=wait, delay=wait, disable=RANK > 0)
@@ -271,7 +270,8 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
             seed_draws(run.seed, epoch, number)
             x = to_input(augment(images.pixels[index], mirror[index], h.crop), size)
             labels = images.labels[index]
-            logits = model.train()(x)
+            model.train()
+            logits = model(x)
             loss = F.cross_entropy(logits, labels, label_smoothing=h.label_smoothing)
             if not loss.isfinite():
                 raise RunError(f"Epoch {epoch + 1}, batch {number + 1}: loss {loss.item()}. Lower peak_lr.")
@@ -280,7 +280,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
             bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
         if (number + 1) % h.accumulation == 0 or number + 1 == len(batches):
             for p in model.parameters():
-                if WORLD_SIZE > 1 and p.requires_grad and p.grad is None:  # no batch of this step was ours
+                if p.requires_grad and p.grad is None:  # no batch of this step was ours
                     p.grad = torch.zeros_like(p)
             add_up(p.grad for p in model.parameters() if p.requires_grad)
             done = (epoch + (number + 0.5) / len(batches)) / run.epochs  # share of the training
@@ -293,7 +293,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # of batch normalisation
     add_up([sums, *statistics])
     for statistic in statistics:
-        statistic /= WORLD_SIZE
+        statistic.div_(WORLD_SIZE)
     train_loss, train_acc = (sums / len(order)).tolist()
     return {"image_size": size, "train_loss": train_loss, "train_acc": train_acc}
 
@@ -315,23 +315,23 @@ def fit(run: Run, training: Images, test: Images) -> None:
         start, size = time.perf_counter(), run.image_size(epoch)
         row = {"epoch": epoch + 1, **train_epoch(run, training, epoch)}
         logits = evaluate(run.model, test.pixels, size)
-        row[f"{run.split}_acc"] = accuracy = (logits.argmax(1) == test.labels).sum().item() / len(logits)
-        row["seconds"] = seconds = time.perf_counter() - start
+        accuracy = (logits.argmax(1) == test.labels).sum().item() / len(logits)
+        row |= {f"{run.split}_acc": accuracy, "seconds": time.perf_counter() - start}
         run.history.append(row)
         if RANK == 0:
             save(run)
             try:
                 with run.path.with_suffix(".csv").open("w", newline="") as file:
-                    table = csv.DictWriter(file, {name: None for past in run.history for name in past})
+                    table = csv.DictWriter(file, dict.fromkeys(itertools.chain(*run.history)))
                     table.writeheader()
                     table.writerows(run.history)
                 draw_mistakes(logits, test, run.path.with_name(f"{run.path.stem}-mistakes.png"))
             except OSError as error:  # it may be open elsewhere
-                print(f"Cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+                print(f"Table or picture not written: {error}", file=sys.stderr)
         # 1.8, because an epoch at 96 px takes twice as long as at 64 px.
-        left = seconds * sum((run.image_size(later) / size) ** 1.8 for later in range(epoch + 1, run.epochs))
+        left = row["seconds"] * sum((run.image_size(later) / size) ** 1.8 for later in range(epoch + 1, run.epochs))
         line = f"Epoch {epoch + 1}, {run.split} acc: {accuracy:.4f}, train loss: {row['train_loss']:.4f}, {size} px"
-        print(f"{line}, {seconds:.0f} s, {timedelta(seconds=round(left))} left", flush=True)
+        print(f"{line}, {row['seconds']:.0f} s, {timedelta(seconds=round(left))} left", flush=True)
 
 
 def draw_mistakes(logits: Tensor, images: Images, path: Path) -> None:
@@ -400,7 +400,7 @@ def load(path: Path) -> dict[str, Any]:
         archive = zipfile.ZipFile(io.BytesIO(content))
         damaged = any(part.compress_type or part.external_attr for part in archive.infolist())
         if path.suffix == ".pt" and not damaged and archive.testzip() is None:
-            state = torch.load(io.BytesIO(content), weights_only=True)
+            state = torch.load(io.BytesIO(content), weights_only=True)  # checks no checksum
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise RunError(f"{path} is damaged, or no checkpoint (.pt) of this train.py.")
     return state | {name: json.loads(state[name]) for name in ("hyperparameters", "history")}
@@ -430,12 +430,12 @@ def tune_process() -> None:
     """Make this process train faster."""
     torch.set_flush_denormal(True)  # denormals are slow
     # Keep freed memory: glibc would return it and ask again, which costs 13 % of a step.
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-@torch.random.fork_rng(devices=[])  # the caller keeps his random state
+@torch.random.fork_rng(devices=[])  # the caller's random state stays
 def train(
     arch: str = "resnet18",
     epochs: int = 30,
@@ -443,13 +443,13 @@ def train(
     h: Hyperparameters | None = None,
     resume: Path | None = None,
 ) -> list[dict]:
-    """Train a new run, or go on with `resume` as it was set; return a row per epoch."""
+    """Train a new run, or `resume` one with its settings alone; return a row per epoch."""
     if resume and h:
         raise RunError("A resumed run keeps its own h.")
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo")
         atexit.register(distributed.destroy_process_group)  # else the first process to end aborts
-        atexit.register(time.sleep, 1)  # before that, because torch 2.7 may hang: pytorch/pytorch#154976
+        atexit.register(time.sleep, 1)  # runs first, because torch 2.7 may hang: pytorch/pytorch#154976
     run = from_first(lambda: resumed(Path(resume)) if resume else Run(arch, epochs, seed, h or Hyperparameters()))
     training, test = from_first(lambda: load_data(run.h.validate))
     run.path = run.path or from_first(lambda: save_new(run))
