@@ -150,7 +150,9 @@ def from_first(make: Callable) -> Any:
     finally:
         if WORLD_SIZE > 1:
             distributed.broadcast_object_list(made)
-    return made[0] or sys.exit(RANK or "load_data() returned nothing.")
+    if made[0] is None:  # the first process says why
+        sys.exit(RANK or "load_data() returned nothing.")
+    return made[0]
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
@@ -219,9 +221,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:  # frozen
                     continue
-                if p not in self.state:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                buffer = self.state[p]["momentum"]
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.mul_(group["momentum"]).add_(p.grad)
                 update = p.grad.add(buffer, alpha=group["momentum"])
                 lr = group["lr"]
@@ -305,7 +305,7 @@ def evaluate(model: nn.Module, pixels: Tensor, size: int) -> Tensor:
     logits = torch.zeros(len(pixels), len(CLASSES))
     for part in torch.arange(len(pixels)).split(250)[RANK::WORLD_SIZE]:
         logits[part] = model(to_input(pixels[part], size))
-    add_up([logits])
+    add_up([logits])  # the others hold zeros
     return logits
 
 
