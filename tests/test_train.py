@@ -25,15 +25,16 @@ def noise(count: int) -> torch.Tensor:
     return torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
 
 
-def test_augment_equals_pad_crop_flip() -> None:
-    pixels, places = noise(100), []
-    for ours, original in zip(train.augment(pixels, 2), pixels, strict=True):
-        padded = F.pad(original.permute(2, 0, 1)[None].float(), (2, 2, 2, 2), mode="reflect")[0]
+@pytest.mark.parametrize("crop", [0, 2, 4])
+def test_augment_equals_pad_crop_flip(crop: int) -> None:
+    pixels, places, shifts = noise(200), [], range(2 * crop + 1)
+    for ours, original in zip(train.augment(pixels, crop), pixels, strict=True):
+        padded = F.pad(original.permute(2, 0, 1)[None].float(), (crop,) * 4, mode="reflect")[0]
         for mirrored, image in enumerate((padded, v2.functional.horizontal_flip(padded))):
-            windows = {(y, x, mirrored): image[:, y : y + 32, x : x + 32] for y in range(5) for x in range(5)}
+            windows = {(y, x, mirrored): image[:, y : y + 32, x : x + 32] for y in shifts for x in shifts}
             places += [place for place, window in windows.items() if torch.equal(ours.permute(2, 0, 1).float(), window)]
     y, x, mirrored = zip(*places, strict=True)
-    assert len(places) == 100 and set(y) == set(x) == set(range(5)) and 25 <= sum(mirrored) <= 75
+    assert len(places) == 200 and set(y) == set(x) == set(shifts) and 60 <= sum(mirrored) <= 140
 
 
 @pytest.mark.parametrize("size", [24, 32, 48])
