@@ -4,7 +4,7 @@
     python train.py --resume
     torchrun --nproc-per-node 2 train.py
 
-Set the learning rate and all other values in the class Hyperparameters, at the top of train.py.
+Set the learning rate and all other hyperparameters in the class Hyperparameters, at the top of train.py.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class RunError(Exception):
     """An error that the user can fix; main() prints it as one line."""
 
 
-# This process's rank, and the number of processes. Job schedulers set these names without torchrun.
+# This process's rank, and the number of processes. Job schedulers set these names without torchrun, too.
 RANK, WORLD_SIZE = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -157,7 +157,7 @@ def from_first(make: Callable) -> Any:
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor, in every process, by its sum over the processes."""
     if WORLD_SIZE > 1:
-        # All at once, because one after the other took 68 ms a step, not 45.
+        # All at once, because one after the other took 68 ms a step instead of 45.
         for work in [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
             work.wait()
 
