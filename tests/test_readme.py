@@ -50,7 +50,9 @@ def test_fine_tuning_changes_the_new_layer_alone(monkeypatch: Patch) -> None:
     made = torchvision.models.resnet18()
     monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: made)
     names: dict = {}
-    exec(FINE_TUNE.replace("224", "32"), names)
-    state = names["net"].state_dict()
-    assert all(torch.equal(state[name], value) for name, value in made.state_dict().items() if name[:2] != "fc")
-    assert names["net"].fc.weight.grad.any() and names["net"](torch.randn(2, 3, 64, 64)).shape == (2, 10)
+    exec(FINE_TUNE, names)
+    net, optimizer = names["net"], torch.optim.SGD(names["net"].parameters(), lr=0.05)
+    net(torch.randn(2, 3, 64, 64))[:, 9].sum().backward()  # the last of 10 classes
+    optimizer.step()
+    changed = [name for name, value in made.state_dict().items() if not torch.equal(net.state_dict()[name], value)]
+    assert net.fc.weight.grad.any() and changed == ["fc.weight", "fc.bias"]
