@@ -20,6 +20,23 @@ import train  # noqa: E402
 tiny.add_network()
 FAST = train.Hyperparameters(image_sizes=(32, 40), batch_size=25, accumulation=2)
 
+# An average of the weights, and torch's scheduler in place of the loop's line, as a student adds them to train.py.
+OPTIMIZER = "        self.optimizer = Muon(self.model.parameters(), lr=h.peak_lr, momentum=h.momentum)\n"
+SCHEDULE = """        for group in optimizer.param_groups:  # a torch scheduler replaces these three lines
+            peak_lr = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = peak_lr * h.schedule(done)
+        optimizer.step()
+"""
+AVERAGE = "        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))\n"
+PARTS = {
+    "from tqdm import tqdm\n": """from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+""",
+    OPTIMIZER: f"{OPTIMIZER}{AVERAGE}        self.scheduler = LambdaLR(self.optimizer, lambda step: 1 / (1 + step))\n",
+    SCHEDULE: "        optimizer.step()\n        run.scheduler.step()\n        run.average.update_parameters(model)\n",
+}
+
 
 def use_data(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the imported train.py train on the images in `data`."""
