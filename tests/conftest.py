@@ -29,9 +29,9 @@ SCHEDULE = """        for group in optimizer.param_groups:  # a torch scheduler 
 """
 AVERAGE = "        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))\n"
 PARTS = {
-    "from tqdm import tqdm\n": """from torch.optim.lr_scheduler import LambdaLR
+    "import argparse\n": """import argparse
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 """,
     OPTIMIZER: f"{OPTIMIZER}{AVERAGE}        self.scheduler = LambdaLR(self.optimizer, lambda step: 1 / (1 + step))\n",
     SCHEDULE: "        optimizer.step()\n        run.scheduler.step()\n        run.average.update_parameters(model)\n",

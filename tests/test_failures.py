@@ -29,8 +29,9 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, 
 
 def main(capsys: Capture, *arguments: object) -> tuple[object, str, list[str]]:
     """Run main(); return its status, what it printed, and the lines of standard error."""
+    status = 0
     try:
-        status = train.main([str(argument) for argument in arguments]) or 0
+        train.main([str(argument) for argument in arguments])
     except SystemExit as stop:
         status = stop.code
     out, err = capsys.readouterr()
@@ -55,7 +56,6 @@ ARGUMENTS = {
     "--seed one": "argument --seed: invalid int value: 'one'",
     "--resume": "there is no run to resume in ",
     "--seed 0 --resume x.pt": "a resumed run keeps its own arch, epochs and seed",
-    "--seed 0 --epochs 7 --arch resnet34 --resume": "a resumed run keeps its own arch, epochs and seed",
 }
 
 
@@ -104,7 +104,7 @@ def test_links_and_a_table_that_is_open_elsewhere(finished: Path, tmp_path: Path
 
 
 def test_bare_resume_takes_the_run_saved_last(finished: Path, capsys: Capture) -> None:
-    for second, name in enumerate(["resnet34-001.pt", "resnet18-003.pt", "resnet18-001-best.pt", "resnet18-004.pt"]):
+    for second, name in enumerate(["resnet34-001.pt", "resnet18-003.pt", "resnet18-001-epoch05.pt", "resnet18-004.pt"]):
         finished.with_name(name).write_bytes(b"" if "4" in name[8:] else b"x")  # empty: killed before it began
         os.utime(finished.with_name(name), (2e9 + second,) * 2)
     status, _, err = main(capsys, "--resume")
@@ -174,12 +174,9 @@ def test_bad_hosts_and_data(small: Path, tmp_path: Path, capsys: Capture, monkey
     assert all(part in err[-1] for part in (archive.name, train.CIFAR10.tgz_md5, str(train.DATA), "by hand"))
     archive.write_bytes(whole)  # a whole one: no host is asked
     load_in_four_runs_at_once()
-
-
-def test_data_that_cannot_be_written(small: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(train, "DATA", train.DATA / train.CIFAR10.filename / "data")  # a folder in a file
+    monkeypatch.setattr(train, "DATA", archive / "data")  # a folder in a file
     status, out, err = main(capsys)
-    assert (status, out, len(err)) == (1, "", 1) and str(train.DATA) in err[0]
+    assert (status, out) == (1, "") and str(train.DATA) in err[-1]
 
 
 def test_full_disk(small: Path, capsys: Capture) -> None:

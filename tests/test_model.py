@@ -7,7 +7,6 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -79,12 +78,10 @@ def test_equals_torchvision(arch: str, size: tuple[int, int], always_fast: None)
         assert relative_error(*(net.eval()(x) for net in pair)) < 1e-5
 
 
-def test_graphs_recorded_at_one_size_and_used_at_another(always_fast: None) -> None:
+def test_a_graph_recorded_at_one_size_and_used_at_another(always_fast: None) -> None:
     (net, reference), other = networks(), torch.randn(6, 3, 32, 32)
     traced = torch.jit.trace(copy.deepcopy(net), torch.randn(4, 3, 64, 64), check_trace=False)
     assert relative_error(traced(other), reference(other)) < 1e-3
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert net(mode.from_tensor(other)).shape == (6, 10)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -134,21 +131,13 @@ def test_derivatives_equal_the_librarys(size: int, layout: torch.memory_format, 
     assert relative_error(results[0][0].double(), results[1][0]) < 4e-6  # as the docstring says
 
 
-OPTIONS = [
-    {"dilation": 2, "padding": 2},  # as torchvision's segmentation models have it
-    {"dilation": 2},
-    {"padding": 0},
-    {"stride": 2},
-    {"padding_mode": "reflect"},
-    {"groups": 2},
-    {"bias": True},
-]
+OPTIONS = [("dilation", 2), ("padding", 0), ("stride", 2), ("padding_mode", "reflect"), ("groups", 2), ("bias", True)]
 
 
 @pytest.mark.parametrize("images", [4, 64])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_speed_up_obeys_a_network_of_ones_own(options: dict[str, object], images: int, always_fast: None) -> None:
-    (conv, reference), x = layers(4, 4, **options), torch.randn(images, 4, 8, 8)
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_speed_up_obeys_a_network_of_ones_own(option: tuple[str, object], images: int, always_fast: None) -> None:
+    (conv, reference), x = layers(4, 4, **dict([option])), torch.randn(images, 4, 8, 8)
     assert torch.equal(conv(x), reference(x)) and torch.equal(conv.eval()(x), reference(x))
 
 
@@ -171,25 +160,20 @@ def test_fast_where_it_was_measured_to_pay(instructions: str, onednn: bool, monk
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     conv, _ = layers(2, 2)
     sizes = [size for size in range(1, 30) if fast_pays(conv, torch.zeros(32, 2, size, size))]
-    tiled = [2, *(size for size in range(3, 30) if size % 3 == 0 or size % 4 == 0)]
+    tiled = [2, 3, 4, 6, 8, 9, 12, 15, 16, 18, 20, 21, 24, 27, 28]
     assert sizes == [size for size in tiled if size <= MAPS[instructions, onednn]]
     assert not fast_pays(conv, torch.zeros(31, 2, 12, 12))
 
 
-def multiply_adds_by_class(net: nn.Module) -> int:
-    """Return what tools count that look layers up by class, for an image of 224 px."""
-    counts, twin = [], copy.deepcopy(net)
-    for layer in twin.modules():
+def check_plain(net: nn.Module) -> None:
+    """Count, script and fuse a ResNet-18 as tools do with torchvision's, which look layers up by class."""
+    assert all(type(layer) is nn.Conv2d for layer in net.modules() if isinstance(layer, nn.Conv2d))
+    counts, counted = [], copy.deepcopy(net).eval()
+    for layer in counted.modules():
         if type(layer) in (nn.Conv2d, nn.Linear):
             layer.register_forward_hook(lambda layer, _, out: counts.append(out.numel() * layer.weight[0].numel()))
-    twin.eval()(torch.zeros(1, 3, 224, 224))
-    return sum(counts)
-
-
-def check_plain(net: nn.Module) -> None:
-    """Count, script and fuse a ResNet-18 as tools do with torchvision's."""
-    assert all(type(layer) is nn.Conv2d for layer in net.modules() if isinstance(layer, nn.Conv2d))
-    assert 1.81e9 <= multiply_adds_by_class(net) <= 1.82e9
+    counted(torch.zeros(1, 3, 224, 224))
+    assert 1.81e9 <= sum(counts) <= 1.82e9
     net, x = net.eval(), torch.randn(2, 3, 64, 64)
     pairs = [["conv1", "bn1", "relu"], ["layer1.0.conv1", "layer1.0.bn1"], ["layer4.1.conv2", "layer4.1.bn2"]]
     for tool in (torch.jit.script, lambda net: torch.ao.quantization.fuse_modules(net, pairs)):

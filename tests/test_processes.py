@@ -20,10 +20,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/p
 
 @pytest.fixture
 def edited(project: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the project with what students add, 500 test images and 3 steps of 2 batches an epoch.
-
-    They add dropout, a frozen stem, a head that is never used, one that some batches use, an average and a scheduler.
-    """
+    """Return the project with dropout, a frozen stem, PARTS, an unused head and one that only some batches use."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # a log that lacks a letter of the folder's name
     shutil.rmtree(project / "data")
     tiny.make(project / "data", test=500)
@@ -71,14 +68,11 @@ def test_two_processes_train_what_one_trains_and_go_on_when_one_is_killed(edited
     assert torch.equal(net.conv1.weight, two["parts"]["model"]["conv1.weight"])  # the frozen stem
     for name in [*(name for name, _ in net.named_parameters()), "unused.weight", "at_times.weight", "at_times.bias"]:
         assert torch.equal(two["parts"]["model"][name], one["parts"]["model"][name])
-    left = 0.9**18, 0.9**9  # of the start, in averages of 18 batches by one process, and of 9 by each of two
     for name, new in net.named_buffers():
-        if new.is_floating_point():
-            a, b = (
-                (s["parts"]["model"][name] - share * new) / (1 - share)
-                for s, share in zip((one, two), left, strict=True)
-            )
-            assert relative_error(b, a) < 0.2  # their batches do not count alike
+        if new.is_floating_point():  # averages of 18 batches by one process, and of 9 by each of two, after the start
+            a, b = (state["parts"]["model"][name] - 0.9**n * new for state, n in ((one, 18), (two, 9)))
+            assert relative_error(b / (1 - 0.9**9), a / (1 - 0.9**18)) < 0.2  # their batches do not count alike
+            assert torch.equal(two["parts"]["average"][f"module.{name}"], two["parts"]["model"][name])
     net.load_state_dict(two["parts"]["model"], strict=False)
     accuracy = (train.evaluate(net, test.pixels, 40).argmax(1) == test.labels).sum().item() / 500
     assert accuracy == two["history"][-1]["test_acc"]  # shared out, and each image counted once
@@ -98,5 +92,5 @@ def test_what_fails_in_the_first_process_is_one_line(project: Path) -> None:
 
 def test_more_processes_than_accumulation(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "WORLD_SIZE", 4)
-    with pytest.raises(train.RunError, match="accumulation is 2, below the 4 processes"):
+    with pytest.raises(train.RunError, match="accumulation cannot be 2, see its line"):
         train.checked(FAST)

@@ -23,6 +23,8 @@ import train
 from model import ResNet, ResNet18, speed_up
 from train import Hyperparameters, seed_draws
 
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
+
 
 def noise(count: int) -> torch.Tensor:
     return torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
@@ -140,10 +142,12 @@ def test_validation_holds_training_images_out(small: Path) -> None:
         assert torch.equal((part.pixels.float().mean((1, 2, 3)) - 49.5).div(15).round(), part.labels.float())
 
 
-def test_learns_and_prints_as_the_readme_says(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_learns_and_prints_as_the_readme_says(small: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    made_fast = []
+    monkeypatch.setattr(train, "speed_up", made_fast.append)
     h = Hyperparameters(image_sizes=(32,), batch_size=20, accumulation=1, peak_lr=0.02, crop=0)
     history = train.train("resnet10", 6, h=h)
-    assert history[-1]["test_acc"] > 0.25  # guessing gives 0.1
+    assert history[-1]["test_acc"] > 0.25 and len(made_fast) == 1  # guessing gives 0.1
     lines, path = capsys.readouterr().out.splitlines(), small / "resnet10-001.pt"
     for number, (line, row) in enumerate(zip(lines[1:7], history, strict=True), 1):
         numbers = f"test acc: {row['test_acc']:.4f}, train loss: {row['train_loss']:.4f}, 32 px, {row['seconds']:.0f} s"
@@ -162,7 +166,7 @@ def test_learns_and_prints_as_the_readme_says(small: Path, capsys: pytest.Captur
         assert [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)] == history
 
 
-def test_the_worst_mistakes_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worst_mistakes_are_drawn(tmp_path: Path, monkeypatch: Patch) -> None:
     images, logits, texts = train.Images(noise(40), torch.arange(40) % 10), torch.zeros(40, 10), []
     logits[range(40), [9] * 10 + [3] * 20 + list(range(10))] = torch.arange(1.0, 41) / 4
     monkeypatch.setattr(train, "draw_bounding_boxes", lambda tile, box, text, colors: texts.append(*text) or tile)
@@ -176,11 +180,10 @@ def test_the_worst_mistakes_are_drawn(tmp_path: Path, monkeypatch: pytest.Monkey
         assert torch.equal(tile, images.pixels[i].permute(2, 0, 1))
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(
-    small: Path, edit: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With dropout, to show that whatever draws does so again, and with parts that a student adds."""
-    train = edit(PARTS)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(small: Path, edit: Callable, monkeypatch: Patch) -> None:
+    """With dropout, a random split and parts that a student adds."""
+    split = "    return Images(training.pixels[chosen]"
+    train = edit(PARTS | {split: f"    chosen = chosen[torch.randperm(len(chosen))[:80]]\n{split}"})
     h, used = train.Hyperparameters(**asdict(FAST) | {"validate": True}), []
     forward, evaluate, save = ResNet.forward, train.evaluate, train.save
     dropout = lambda net, x: F.dropout(forward(net, x), 0.3, net.training)  # noqa: E731
