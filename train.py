@@ -121,8 +121,7 @@ class Run:
 
     def image_size(self, epoch: int) -> int:
         """Return the size in px of images in `epoch`, counted from 0."""
-        middle = (epoch + 0.5) / self.epochs
-        return self.h.image_sizes[int(middle * len(self.h.image_sizes))]
+        return self.h.image_sizes[int((epoch + 0.5) / self.epochs * len(self.h.image_sizes))]
 
 
 def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
@@ -234,15 +233,17 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
     Three Newton-Schulz steps: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
+
+    def step(gram: Tensor) -> Tensor:
+        return 3.4445 * torch.eye(len(gram), dtype=gram.dtype) - 4.7750 * gram + 2.0315 * gram @ gram
+
     if len(matrix) > matrix.shape[1]:
         return orthogonalise(matrix.T).T
     matrix = matrix / (matrix.norm() + 1e-7)
     gram = matrix @ matrix.T  # (R, R): steps on it halve the operations for (512, 4608)
-    product = eye = torch.eye(len(gram), dtype=gram.dtype)
-    for _ in range(3):
-        step = 3.4445 * eye - 4.7750 * gram + 2.0315 * gram @ gram
-        gram = step @ gram @ step
-        product = step @ product
+    product = step(gram)
+    for _ in range(2):
+        product = step(product @ gram @ product) @ product
     return product @ matrix
 
 
@@ -310,7 +311,7 @@ def save(run: Run) -> None:
         with new.open("xb") as file:
             file.write(content.getbuffer())
             file.flush()
-            os.fsync(file.fileno())  # against power cuts
+            os.fsync(file.fileno())  # for power cuts
         for _ in range(20):  # on Windows a virus scanner may hold it: ray#43702
             with suppress(PermissionError):
                 new.replace(run.path)
@@ -396,7 +397,7 @@ def download() -> None:
                     print(f"No CIFAR-10 from {host}: {error!r}", file=sys.stderr)
             else:
                 raise RunError(f"Put {archive.name} (MD5 {CIFAR10.tgz_md5}) into {DATA} by hand and start again.")
-            with suppress(OSError):  # another was first
+            with suppress(OSError):  # another came first
                 Path(own, folder.name).rename(folder)
     if not all(check_integrity(folder / name, md5) for name, md5 in CIFAR10.train_list + CIFAR10.test_list):
         raise RunError(f"{folder} is damaged or changed. Delete it, or change data in load_data().")
@@ -447,7 +448,7 @@ def tune_process() -> None:
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-@torch.random.fork_rng(devices=[])  # the caller's random state stays
+@torch.random.fork_rng(devices=[])  # the caller's state stays
 def train(
     arch: str = "resnet18", epochs: int = 30, seed: int = 0, h: Hyperparameters | None = None, resume: str | Path = ""
 ) -> list[dict]:
