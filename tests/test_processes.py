@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/p
 def edited(project: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the project with dropout, a frozen stem, PARTS, an unused head and one that only some batches use."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # a log that lacks a letter of the folder's name
+    monkeypatch.setenv("RANK", "1")  # which schedulers of jobs set, without torchrun
     shutil.rmtree(project / "data")
     tiny.make(project / "data", test=500)
     use_data(project / "data", monkeypatch)

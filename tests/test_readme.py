@@ -9,7 +9,6 @@ import torchvision
 from torchvision.transforms.v2.functional import to_pil_image
 
 import train
-from model import ResNet18
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -27,17 +26,17 @@ def test_commands(tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 def test_sweep(small: Path, capsys: Capture) -> None:
-    exec(SWEEP.replace("epochs=5", "epochs=1"), {})
+    exec(SWEEP.replace("epochs=5", "epochs=1").replace("resnet18", "resnet10"), {})
     table = re.findall(r"^(0\.\d+): \d\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
     assert table == ["0.03", "0.05", "0.08"] and len(list(small.glob("*.pt"))) == 3
 
 
 def test_prediction_equals_the_evaluation(small: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setitem(train.NETWORKS, "resnet18", train.NETWORKS["resnet10"])
     train.train("resnet18", 1, h=train.Hyperparameters(image_sizes=(48,), batch_size=10, accumulation=1, peak_lr=0.02))
     monkeypatch.chdir(tmp_path)
-    net, (_, images) = ResNet18(), train.load_data(train.Hyperparameters())
-    net.load_state_dict(train.resumed(small / "resnet18-001.pt").model.state_dict())
-    logits = train.evaluate(net, images.pixels, 48)
+    _, images = train.load_data(train.Hyperparameters())
+    logits = train.evaluate(train.resumed(small / "resnet18-001.pt").model, images.pixels, 48)
     for i in (0, 7, 33):
         to_pil_image(images.pixels[i].permute(2, 0, 1)).save("picture.png")
         names: dict = {}
