@@ -124,9 +124,9 @@ def ResNet152(block: Block = BottleneckBlk, layers: Sequence[int] = (3, 8, 36, 3
 NETWORKS = dict(resnet18=ResNet18, resnet34=ResNet34, resnet50=ResNet50, resnet101=ResNet101, resnet152=ResNet152)
 
 
-# The second half makes training faster: a step without it takes 1.3 to 1.4 times as long with AVX-512, and 1.3 to 1.6
-# times with AVX2 (two cores of an Intel Xeon, 64 and 96 px). Results change by rounding alone.
-# Side of the largest map on which this beat oneDNN, measured on x86. Torch has no oneDNN on ARM Macs.
+# The second half makes a training step 1.2 to 1.5 times as fast with AVX-512, and 1.3 to 1.7 times with AVX2, measured
+# at 64 and 96 px on two cores of an Intel Xeon. Results change by rounding alone.
+# Side in px of the largest map on which this beat oneDNN on x86. Torch has no oneDNN on ARM Macs.
 LARGEST_MAP = {"AVX2": 24, "AVX512": 12, "no oneDNN": 24}
 SMALLEST_BATCH = 32  # images; fewer were not measured
 

@@ -2,7 +2,7 @@
 
     python train.py --arch resnet18 --epochs 30
     python train.py --resume
-    torchrun --nproc-per-node 2 train.py
+    OMP_NUM_THREADS=4 torchrun --nproc-per-node 2 train.py
 
 All else is set in the class Hyperparameters, at the top of train.py.
 """
@@ -56,7 +56,7 @@ class Hyperparameters:
     image_sizes: tuple = (64, 96)  # px of the enlarged images, each for an equal share of the epochs; one alone: (96,)
     batch_size: int = 128  # images per batch, at most
     accumulation: int = 4  # batches per optimizer step, so 512 images; at least one per process
-    peak_lr: float = 0.05  # highest learning rate: a step changes a kernel by about that share
+    peak_lr: float = 0.05  # highest learning rate; Muon changes a kernel by about that share a step
     warmup: float = 0.2  # share of the training in which the learning rate rises
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
@@ -72,11 +72,11 @@ class Hyperparameters:
 
 
 def load_data(h: Hyperparameters) -> tuple[Images, Images]:
-    """Return the images to train on and to report on. This is the place to change them."""
+    """Return the training and the test images. Edit this to change the data."""
     download()
     parts = CIFAR10(DATA, train=True), CIFAR10(DATA, train=False)
     if any(part.transforms for part in parts):
-        raise RunError("A transform would not be called here, only in augment().")
+        raise RunError("A transform has no effect here: use augment().")
     training, test = (Images(torch.tensor(part.data), torch.tensor(part.targets)) for part in parts)
     chosen = torch.arange(len(training.labels))
     if h.validate:
@@ -92,7 +92,7 @@ def augment(pixels: Tensor, crop: int) -> Tensor:
     """Return images (B, H, H, 3) of 0 to 255, each shifted by up to `crop` px, and mirrored or not."""
     count, side = pixels.shape[:2]
     position = torch.arange(side) + torch.randint(-crop, crop + 1, (2, count, 1))
-    position = position.abs()  # borders reflect: -1 becomes 1,
+    position = position.abs()  # borders reflect: -1 becomes 1
     rows, columns = side - 1 - (side - 1 - position).abs()  # and 32 becomes 30
     mirrored = torch.rand(count, 1) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
@@ -110,10 +110,10 @@ class Run:
 
     def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters) -> None:
         self.arch, self.epochs, self.seed, self.h = arch, int(epochs), int(seed), h
-        self.split = "val" if h.validate else "test"  # reported on
+        self.split = "val" if h.validate else "test"  # evaluated
         self.history = []  # a row per epoch
         self.path = None  # of the checkpoint
-        seed_draws(self.seed)
+        seed_torch(self.seed)
         self.model = NETWORKS[arch](num_classes=len(CLASSES))
         # oneDNN's layout. Delete the line if LBFGS or pruning says "view size is not compatible".
         self.model.to(memory_format=torch.channels_last)
@@ -129,14 +129,14 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
     h, model, optimizer, size = run.h, run.model, run.optimizer, run.image_size(epoch)
     total_loss, correct = 0.0, 0
     model.train()
-    seed_draws(run.seed, epoch)
+    seed_torch(run.seed, epoch)
     order = torch.randperm(len(images.labels))
     steps = order.tensor_split(math.ceil(len(order) / (h.batch_size * h.accumulation)))  # 98, of up to 512 images
     bar = tqdm(steps, f"Epoch {epoch + 1}", leave=False, mininterval=5, delay=1, disable=RANK > 0)
     for step, indices in enumerate(bar):
         batches = indices.tensor_split(h.accumulation)
         for number in range(RANK, h.accumulation, WORLD_SIZE):  # the processes take batches in turn
-            seed_draws(run.seed, epoch, step, number)
+            seed_torch(run.seed, epoch, step, number)
             batch = batches[number]
             x = to_input(augment(images.pixels[batch], h.crop), size)
             labels = images.labels[batch]
@@ -146,10 +146,10 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
                 raise RunError(f"Epoch {epoch + 1}, step {step + 1}: loss {loss.item()}. Lower peak_lr.")
             (loss / h.accumulation).backward()
             total_loss += loss.item() * len(batch)
-            correct += (logits.argmax(1) == images.labels[batch]).sum().item()  # not `labels`, which mixup changes
+            correct += (logits.argmax(1) == images.labels[batch]).sum().item()  # the true ones, even with mixup
         add_up_gradients(optimizer)
         done = (epoch + (step + 0.5) / len(steps)) / run.epochs
-        for group in optimizer.param_groups:  # a torch scheduler replaces these three lines
+        for group in optimizer.param_groups:  # or a torch scheduler, after optimizer.step()
             peak_lr = group.setdefault("initial_lr", group["lr"])
             group["lr"] = peak_lr * h.schedule(done)
         optimizer.step()
@@ -157,10 +157,10 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
         bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
     sums = torch.tensor([total_loss, correct], dtype=torch.float64)
     modules = nn.ModuleList(part for part in vars(run).values() if isinstance(part, nn.Module))
-    statistics = [buffer for buffer in modules.buffers() if buffer.is_floating_point()]
+    statistics = [buffer for buffer in modules.buffers() if buffer.is_floating_point()]  # of batch normalisation
     add_up([sums, *statistics])
-    for statistic in statistics:
-        statistic.div_(WORLD_SIZE)
+    for buffer in statistics:
+        buffer.div_(WORLD_SIZE)
     train_loss, train_acc = (sums / len(order)).tolist()
     return {"image_size": size, "train_loss": train_loss, "train_acc": train_acc}
 
@@ -173,7 +173,7 @@ def evaluate(model: nn.Module, pixels: Tensor, size: int) -> Tensor:
     logits = torch.zeros(len(pixels), len(CLASSES))
     for part in torch.arange(len(pixels)).split(250)[RANK::WORLD_SIZE]:
         logits[part] = model(to_input(pixels[part], size))
-    add_up([logits])  # other processes' images are zeros
+    add_up([logits])  # others' parts are zeros
     model.train(training)
     return logits
 
@@ -189,7 +189,7 @@ def fit(run: Run, training: Images, test: Images) -> None:
         row |= {f"{run.split}_acc": accuracy, "seconds": time.perf_counter() - start}
         run.history.append(row)  # what you add to it is a column of the table
         if RANK == 0:
-            save(run)  # what changes below is not in it
+            save(run)  # later changes are not saved
             write_results(run, logits, test)
         # 1.8: an epoch at 96 px takes twice as long as at 64 px.
         left = row["seconds"] * sum((run.image_size(later) / size) ** 1.8 for later in range(epoch + 1, run.epochs))
@@ -202,7 +202,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for convolutions, which torch.optim.Muon does not take; SGD for all else.
 
     A kernel is a matrix with a row per output channel. Its step is made orthogonal. The kernel is kept at the norm of
-    an orthogonal matrix, which changes nothing where batch normalisation follows in training mode.
+    an orthogonal matrix: harmless if batch normalisation follows, else it rescales the output.
     """
 
     def __init__(self, parameters: Iterable, lr: float, momentum: float) -> None:
@@ -234,20 +234,20 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     Three Newton-Schulz steps: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
 
-    def step(gram: Tensor) -> Tensor:
+    def poly(gram: Tensor) -> Tensor:
         return 3.4445 * torch.eye(len(gram), dtype=gram.dtype) - 4.7750 * gram + 2.0315 * gram @ gram
 
     if len(matrix) > matrix.shape[1]:
         return orthogonalise(matrix.T).T
     matrix = matrix / (matrix.norm() + 1e-7)
     gram = matrix @ matrix.T  # (R, R): steps on it halve the operations for (512, 4608)
-    product = step(gram)
+    product = poly(gram)
     for _ in range(2):
-        product = step(product @ gram @ product) @ product
+        product = poly(product @ gram @ product) @ product
     return product @ matrix
 
 
-# ---- What keeps a run safe. No experiment needs this part. ----
+# ---- What keeps a run safe, and the command line. No experiment needs this part. ----
 DATA = Path(__file__).with_name("data")
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
 FORMAT = 10  # raise it when a checkpoint's keys or a run's draws change
@@ -361,8 +361,8 @@ def resumed(path: str | Path) -> Run:
     return run
 
 
-def checked(h: Hyperparameters) -> tuple[Hyperparameters, Images, Images]:
-    """Return h, with NumPy's numbers as Python's, and the images. RunError."""
+def prepare(h: Hyperparameters) -> tuple[Hyperparameters, Images, Images]:
+    """Check h, load the images and check them; RunError."""
     kinds = {bool: bool, int: int, float: int | float, tuple: tuple | list}
     ranges = {"warmup": lambda n: 0 <= n < 1, "accumulation": lambda n: n >= WORLD_SIZE}
     for field in fields(h):
@@ -404,7 +404,7 @@ def download() -> None:
 
 
 def from_first(make: Callable) -> Any:
-    """Return in all processes what make() returns in the first, or exit with it."""
+    """Return in all processes what make() returns in the first; if it fails, exit all."""
     made = [None]
     try:
         made = [make() if RANK == 0 else None]
@@ -435,8 +435,8 @@ def add_up_gradients(optimizer: torch.optim.Optimizer) -> None:
     add_up(p.grad for p in used)
 
 
-def seed_draws(*key: object) -> None:
-    """Seed torch's generator by `key`, so that a resumed run draws the same. NumPy's stays as it is."""
+def seed_torch(*key: object) -> None:
+    """Seed torch's generator by `key`, so that a resumed run draws the same. NumPy is not seeded."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -460,8 +460,8 @@ def train(
         atexit.register(distributed.destroy_process_group)  # else the first process to end aborts
         atexit.register(time.sleep, 1)  # torch 2.7 may hang: pytorch#154976
     run = resumed(resume) if resume else None
-    seed_draws(run.seed if run else int(seed))  # for what load_data() may draw
-    h, training, test = from_first(lambda: checked(run.h if run else h or Hyperparameters()))
+    seed_torch(run.seed if run else int(seed))  # for what load_data() may draw
+    h, training, test = from_first(lambda: prepare(run.h if run else h or Hyperparameters()))
     run = run or Run(arch, epochs, seed, h)
     for size in h.image_sizes:
         evaluate(run.model, test.pixels[:2], size)  # a size that fails does so now

@@ -94,7 +94,7 @@ LOADED, PIXELS = "    return Images(training", "training.pixels[chosen]"
 SHAPE = r"^load_data\(\): torch.{}, .* labels: not uint8 \(N, S, S, 3\), S > crop\.$"
 METER = 'type("Meter", (), {"state_dict": lambda self: {"best": __import__("numpy").float64(1)}})()'
 REFUSED = {
-    "a transform": ("train=True)", "train=True, transform=str)", "transform would not be called"),
+    "a transform": ("train=True)", "train=True, transform=str)", "transform has no effect here"),
     "of 0 to 1": (PIXELS, f"{PIXELS} / 255", SHAPE.format(r"float32 \(100, 32, 32, 3\)")),
     "wide": (PIXELS, f"{PIXELS}.repeat(1, 1, 2, 1)", SHAPE.format(r"uint8 \(100, 32, 64, 3\)")),
     "nothing": (LOADED, "    Images(training", "cannot unpack"),

@@ -64,7 +64,7 @@ def test_two_processes_train_what_one_trains_and_go_on_when_one_is_killed(edited
     one, two = tiny.saved_state(by_one), tiny.saved_state(whole)
     losses = [[row["train_loss"] for row in state["history"]] for state in (one, two)]
     assert losses[0] == pytest.approx(losses[1])
-    train.seed_draws(0)
+    train.seed_torch(0)
     net, (_, test) = train.NETWORKS["resnet10"](), train.load_data(train.Hyperparameters())
     assert torch.equal(net.conv1.weight, two["parts"]["model"]["conv1.weight"])  # the frozen stem
     for name in [*(name for name, _ in net.named_parameters()), "unused.weight", "at_times.weight", "at_times.bias"]:
@@ -94,4 +94,4 @@ def test_what_fails_in_the_first_process_is_one_line(project: Path) -> None:
 def test_more_processes_than_accumulation(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "WORLD_SIZE", 4)
     with pytest.raises(train.RunError, match="accumulation cannot be 2, see its line"):
-        train.checked(FAST)
+        train.prepare(FAST)

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 import train
 from model import ResNet, ResNet18, speed_up
-from train import Hyperparameters, seed_draws
+from train import Hyperparameters, seed_torch
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 
@@ -91,17 +91,17 @@ def test_training_equals_a_loop_written_out(small: Path) -> None:
     h = replace(h, peak_lr=0.02, momentum=0.8, warmup=0.3, label_smoothing=0.3)
     history = train.train("resnet18", 3, seed=5, h=h)
     images, test = train.load_data(Hyperparameters())
-    seed_draws(5)
+    seed_torch(5)
     net = ResNet18().to(memory_format=torch.channels_last)
     speed_up(net)
     muon = train.Muon(net.parameters(), lr=0.0, momentum=0.8)
     for epoch, (size, row) in enumerate(zip((32, 32, 40), history, strict=True)):
-        seed_draws(5, epoch)
+        seed_torch(5, epoch)
         correct, losses = 0, []
         order, start = torch.randperm(100), 0
         for number, count in enumerate([17, 17, 17, 16, 17, 16]):
             index, start = order[start : start + count], start + count
-            seed_draws(5, epoch, number // 2, number % 2)
+            seed_torch(5, epoch, number // 2, number % 2)
             pixels = train.augment(images.pixels[index], 3)
             logits = net(train.to_input(pixels, size))
             loss = F.cross_entropy(logits, images.labels[index], label_smoothing=0.3)
