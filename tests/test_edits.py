@@ -97,6 +97,7 @@ REFUSED = {
     "a transform": ("train=True)", "train=True, transform=str)", "transform has no effect here"),
     "of 0 to 1": (PIXELS, f"{PIXELS} / 255", SHAPE.format(r"float32 \(100, 32, 32, 3\)")),
     "wide": (PIXELS, f"{PIXELS}.repeat(1, 1, 2, 1)", SHAPE.format(r"uint8 \(100, 32, 64, 3\)")),
+    "labels": ("training.labels[chosen]", "training.labels[chosen][:50]", "50 labels: not uint8"),
     "nothing": (LOADED, "    Images(training", "cannot unpack"),
     "a state that no resume could read": (LAYOUT, f"        self.meter = {METER}\n{LAYOUT}", "numpy"),
 }

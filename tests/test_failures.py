@@ -53,7 +53,6 @@ def finished(small: Path) -> Path:
 ARGUMENTS = {
     "--arch resnet19": "argument --arch: invalid choice: 'resnet19'",
     "--epochs 0": "argument --epochs: must be at least 1",
-    "--seed one": "argument --seed: invalid int value: 'one'",
     "--resume": "there is no run to resume in ",
     "--seed 0 --resume x.pt": "a resumed run keeps its own arch, epochs and seed",
 }
