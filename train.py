@@ -110,7 +110,7 @@ class Run:
 
     def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters) -> None:
         self.arch, self.epochs, self.seed, self.h = arch, int(epochs), int(seed), h
-        self.split = "val" if h.validate else "test"  # evaluated
+        self.split = "val" if h.validate else "test"
         self.history = []  # a row per epoch
         self.path = None  # of the checkpoint
         seed_torch(self.seed)
@@ -197,7 +197,7 @@ def fit(run: Run, training: Images, test: Images) -> None:
         print(f"{line}, {row['seconds']:.0f} s, {timedelta(seconds=round(left))} left", flush=True)
 
 
-# ---- The optimizer: how gradients become a step. ----
+# ---- The optimizer. Read it to change how a step is made. ----
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for convolutions, which torch.optim.Muon does not take; SGD for all else.
 
