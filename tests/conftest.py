@@ -20,6 +20,7 @@ import train  # noqa: E402
 tiny.add_network()
 FAST = train.Hyperparameters(image_sizes=(32, 40), batch_size=25, accumulation=2)
 
+LAYOUT = "        # oneDNN's layout."  # how the line after Run's model begins
 # An average of the weights, and torch's scheduler in place of the loop's line, as a student adds them to train.py.
 OPTIMIZER = "        self.optimizer = Muon(self.model.parameters(), lr=h.peak_lr, momentum=h.momentum)\n"
 SCHEDULE = """        for group in optimizer.param_groups:  # or a torch scheduler, after optimizer.step()
@@ -27,7 +28,7 @@ SCHEDULE = """        for group in optimizer.param_groups:  # or a torch schedul
             group["lr"] = peak_lr * h.schedule(done)
         optimizer.step()
 """
-AVERAGE = "        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))\n"
+AVERAGE = "        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.99))\n"
 PARTS = {
     "import argparse\n": """import argparse
 from torch.optim.lr_scheduler import LambdaLR

@@ -9,7 +9,6 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import model
@@ -94,12 +93,6 @@ def test_features_equal_torchvisions(train: bool, always_fast: None) -> None:
         ours, theirs = (create_feature_extractor(net, nodes).train(train) for net in pair)
         a, b = (extract(torch.ones(4, 3, 64, 96).cumsum(3)) for extract in (ours, theirs))
         assert a.keys() == b.keys() and all(relative_error(a[name], b[name]) < 1e-3 for name in b)
-
-
-def test_backbone_of_torchvisions_detection_models() -> None:
-    backbone = BackboneWithFPN(ResNet18(), {f"layer{i}": f"{i}" for i in range(1, 5)}, [64, 128, 256, 512], 256)
-    maps = backbone(torch.randn(2, 3, 64, 64)).values()
-    assert [(a.shape[1], a.shape[2], a.requires_grad) for a in maps] == [(256, n, True) for n in (16, 8, 4, 2, 1)]
 
 
 def test_constructors_and_initialisation() -> None:

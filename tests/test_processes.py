@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import FAST, PARTS, changed, start, use_data
+from conftest import LAYOUT, PARTS, changed, start, use_data
 from test_model import relative_error
 
 import train
@@ -27,7 +27,6 @@ def edited(project: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny.make(project / "data", test=500)
     use_data(project / "data", monkeypatch)
     pooled, stages = "self.avgpool(x).flatten(1)", "x = self.layer4(self.layer3(self.layer2(self.layer1(x))))"
-    layout = "        # oneDNN's layout."
     initialised = 'nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")\n'
     model = {
         pooled: f"F.dropout({pooled}, 0.3, self.training)",
@@ -36,7 +35,7 @@ def edited(project: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     script = PARTS | {
         "h or Hyperparameters()": "h or Hyperparameters((32, 40), batch_size=20, accumulation=2)",
-        layout: f"        self.model.conv1.requires_grad_(False)\n{layout}",
+        LAYOUT: f"        self.model.conv1.requires_grad_(False)\n{LAYOUT}",
     }
     edits = {"model.py": model, "train.py": script}
     for name, changes in edits.items():
@@ -89,9 +88,3 @@ def test_what_fails_in_the_first_process_is_one_line(project: Path) -> None:
     _, err = (torchrun := start(project, "--resume missing.pt", 2)).communicate(timeout=60)
     (told,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
     assert torchrun.returncode == 1 and "missing.pt" in told and "[rank" not in err
-
-
-def test_more_processes_than_accumulation(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "WORLD_SIZE", 4)
-    with pytest.raises(train.RunError, match="accumulation cannot be 2, see its line"):
-        train.prepare(FAST)

@@ -1,18 +1,20 @@
 """The README's commands and code, as printed there."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
 from torchvision.transforms.v2.functional import to_pil_image
 
 import train
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-SWEEP, CLASSIFY, FINE_TUNE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FINE_TUNE, SWEEP, CLASSIFY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_commands(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -45,16 +47,22 @@ def test_prediction_equals_the_evaluation(small: Path, tmp_path: Path, monkeypat
         assert capsys.readouterr().out.splitlines()[-1] == train.CLASSES[logits[i].argmax()]
 
 
-def test_fine_tuning_changes_the_new_layer_alone(monkeypatch: Patch) -> None:
-    made = torchvision.models.resnet18()
-    monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: made)
-    names: dict = {}
-    exec(FINE_TUNE, names)
-    net = names["net"]
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    logits = net(torch.randn(2, 3, 64, 64))
-    torch.nn.functional.cross_entropy(logits, torch.tensor([3, 9])).backward()
-    optimizer.step()
-    state = net.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in made.state_dict().items() if name[:2] != "fc")
-    assert net.fc.weight.grad.any() and logits.shape == (2, 10)
+def test_fine_tuning_changes_the_new_layer_alone(small: Path, edit: Callable, monkeypatch: Patch) -> None:
+    made, weights = torchvision.models.resnet18(), torchvision.models.ResNet18_Weights.DEFAULT
+    monkeypatch.setattr(torchvision.models, "get_model", lambda arch, weights: made)
+    muon = "Muon(self.model.parameters(), lr=h.peak_lr, momentum=h.momentum)"
+    sgd = re.search("`(torch.optim.SGD.*?)`", README)[1]
+    module = edit({"        self.model = NETWORKS[arch](num_classes=len(CLASSES))\n": FINE_TUNE, muon: sgd})
+    module.train("resnet18", 1, h=module.Hyperparameters((32,), batch_size=25, accumulation=2))
+    new, tuned = module.Run("resnet18", 1, 0, module.Hyperparameters()), module.resumed(small / "resnet18-001.pt")
+    changed = {name for name, p in new.model.named_parameters() if not torch.equal(p, tuned.model.get_parameter(name))}
+    assert changed == {"fc.weight", "fc.bias"} and torch.equal(tuned.model.conv1.weight, made.conv1.weight)
+    for name, values in (("MEAN", weights.transforms().mean), ("STD", weights.transforms().std)):
+        assert f"`{name}`, to {', '.join(map(str, values))}" in README
+
+
+def test_the_curve_shows_the_table() -> None:
+    rows = re.findall(r"^resnet18.* \| (\d+) \| (0.*) \| \d+$", README, re.MULTILINE)
+    shown = re.findall(r"(\d+) epochs: (.*)</text>", (ROOT / ".github" / "accuracy.svg").read_text(encoding="utf-8"))
+    figures = [(epochs, torch.tensor(eval(f"({accuracies},)"), dtype=torch.float64)) for epochs, accuracies in rows]
+    assert len(rows) == 5 and shown == [(epochs, f"{100 * mean.mean():.1f}") for epochs, mean in figures]
