@@ -28,7 +28,7 @@ SCHEDULE = """        for group in optimizer.param_groups:  # or a torch schedul
             group["lr"] = peak_lr * h.schedule(done)
         optimizer.step()
 """
-AVERAGE = "        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.99))\n"
+AVERAGE = "        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))\n"
 PARTS = {
     "import argparse\n": """import argparse
 from torch.optim.lr_scheduler import LambdaLR
