@@ -1,7 +1,7 @@
 """The residual networks of He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385.
 
-Parameter names and order are torchvision's, so weights go both ways for ResNet-18 and -34, and its detection and
-segmentation models take these networks as a backbone. speed_up(), the second half, makes their training faster.
+Parameter names and order are torchvision's, so weights go both ways for ResNet-18 and -34. The second half of the file,
+speed_up(), makes training faster.
 """
 
 from collections.abc import Sequence
