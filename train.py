@@ -418,9 +418,8 @@ def from_first(make: Callable) -> Any:
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over the processes."""
     if WORLD_SIZE > 1:
-        # All at once: one after the other took 68 ms a step instead of 45.
-        for work in [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
 
 
 def add_up_gradients(optimizer: torch.optim.Optimizer) -> None:
