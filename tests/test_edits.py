@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import AVERAGE, FAST, LAYOUT, PARTS, use_data
+from conftest import AVERAGE, FAST, LAYOUT, PARTS
 from test_readme import README
 from torch import nn
 
@@ -26,17 +26,6 @@ Edit = Callable[[dict[str, str]], ModuleType]
 
 def fast(module: ModuleType, **values: object) -> object:
     return module.Hyperparameters(**asdict(FAST) | values)
-
-
-def test_changed_data_is_left_alone(project: Path, small: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    use_data(project / "data", monkeypatch)
-    file = project / "data" / train.CIFAR10.base_folder / "data_batch_1"
-    file.write_bytes(changed := file.read_bytes().replace(b"labels", b"LABELS"))
-    with pytest.raises(SystemExit, match="1"):
-        train.main(["--epochs", "1"])
-    assert file.read_bytes() == changed and not small.exists()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert str(file.parent) in line and "load_data()" in line
 
 
 CATS = 'row["cats"] = (logits.argmax(1) == 3)[test.labels == 3].float().mean().item()'
