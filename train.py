@@ -320,8 +320,6 @@ def save(run: Run) -> None:
         else:
             new.replace(run.path)
     except OSError as error:
-        if not run.history:
-            run.path.unlink()
         raise RunError(f"Cannot save {run.path}: {error.strerror}.") from error
     finally:
         for leftover in run.path.parent.glob(f"{run.path.name}.*.tmp"):  # a killed save's, too
