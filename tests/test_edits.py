@@ -97,7 +97,7 @@ def test_a_network_that_is_no_resnet(small: Path, monkeypatch: Patch) -> None:
 
 
 PIXELS = "training.pixels[chosen]"
-SHAPE = r"^load_data\(\): torch.{}, .* labels: not uint8 \(N, S, S, 3\), S > crop\.$"
+SHAPE = r"^load_data\(\): torch.{}, .* labels: not uint8 \(N, S, S, 3\), S > 2 crop\.$"
 METER = 'type("Meter", (), {"state_dict": lambda self: {"best": __import__("numpy").float64(1)}})()'
 REFUSED = {
     "a transform": ("train=True)", "train=True, transform=str)", "transform has no effect here"),

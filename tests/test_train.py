@@ -17,6 +17,7 @@ from test_readme import README
 from tiny import assert_equal, saved_state
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 import train
@@ -30,16 +31,27 @@ def noise(count: int) -> torch.Tensor:
     return torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("crop", [0, 2, 4])
-def test_augment_equals_pad_crop_flip(crop: int) -> None:
+@pytest.mark.parametrize(("value", "epoch", "crop"), [(0, 29, 0), (2, 7, 2), (2, 8, 3), (2, 29, 4), (1, 300, 2)])
+def test_augment_equals_pad_crop_flip(value: int, epoch: int, crop: int) -> None:
     pixels, places, shifts = noise(200), [], range(2 * crop + 1)
-    for ours, original in zip(train.augment(pixels, crop), pixels, strict=True):
+    for ours, original in zip(train.augment(pixels, Hyperparameters(crop=value, erase=0), epoch), pixels, strict=True):
         padded = F.pad(original.permute(2, 0, 1)[None].float(), (crop,) * 4, mode="reflect")[0]
         for mirrored, image in enumerate((padded, v2.functional.horizontal_flip(padded))):
             windows = {(y, x, mirrored): image[:, y : y + 32, x : x + 32] for y in shifts for x in shifts}
             places += [place for place, window in windows.items() if torch.equal(ours.permute(2, 0, 1).float(), window)]
     y, x, mirrored = zip(*places, strict=True)
     assert len(places) == 200 and set(y) == set(x) == set(shifts) and 60 <= sum(mirrored) <= 140
+
+
+@pytest.mark.parametrize(("value", "epoch", "side"), [(0, 9, 0), (0.25, 2, 0), (0.25, 3, 1), (0.25, 29, 7), (9, 9, 12)])
+def test_augment_erases_a_square(value: float, epoch: int, side: int) -> None:
+    ours = train.augment(noise(500) % 100, Hyperparameters(erase=value), epoch)
+    square = (ours == torch.tensor([125, 123, 114])).all(3)  # MEAN, brighter than any other pixel
+    assert (ours[~square] < 100).all() and (square.sum((1, 2)) == side**2).all()
+    if side:
+        boxes = masks_to_boxes(square)  # x and y of the first and the last pixel
+        assert (boxes[:, 2:] - boxes[:, :2] == side - 1).all()
+        assert {*boxes[:, 0].tolist()} == {*boxes[:, 1].tolist()} == {*range(33 - side)}
 
 
 @pytest.mark.parametrize("size", [24, 32, 48])
@@ -102,7 +114,7 @@ def test_training_equals_a_loop_written_out(small: Path) -> None:
         for number, count in enumerate([17, 17, 17, 16, 17, 16]):
             index, start = order[start : start + count], start + count
             seed_torch(5, epoch, number // 2, number % 2)
-            pixels = train.augment(images.pixels[index], 3)
+            pixels = train.augment(images.pixels[index], h, epoch)
             logits = net(train.to_input(pixels, size))
             loss = F.cross_entropy(logits, images.labels[index], label_smoothing=0.3)
             (loss / 2).backward()
