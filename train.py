@@ -59,8 +59,8 @@ class Hyperparameters:
     warmup: float = 0.2  # share of the training in which the learning rate rises
     momentum: float = 0.9  # Nesterov's
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
-    crop: int = 2  # px by which an image is shifted at most; doubled over the first 30 epochs
-    erase: float = 0.25  # px an epoch by which the erased square grows, up to 3/8 of the image's side
+    crop: int = 2  # px of the largest shift at first; it doubles over 30 epochs
+    erase: float = 0.25  # px by which the erased square's side grows each epoch, up to 3/8 of the image's
     images: int = 0  # training images, 0 for all; 1000 for a quick try
     validate: bool = False  # True: report on 5,000 held-out training images, not on test images
 
@@ -112,7 +112,7 @@ def to_input(pixels: Tensor, size: int) -> Tensor:
 
 
 class Run:
-    """A run's settings, and all that training changes. What you add is saved if it has a state_dict()."""
+    """A run's settings, and all that training changes. What has a state_dict() is saved, and restored by --resume."""
 
     def __init__(self, arch: str, epochs: int, seed: int, h: Hyperparameters) -> None:
         self.arch, self.epochs, self.seed, self.h = arch, int(epochs), int(seed), h
@@ -155,7 +155,7 @@ def train_epoch(run: Run, images: Images, epoch: int) -> dict[str, float]:
             correct += (logits.argmax(1) == images.labels[batch]).sum().item()  # the true ones, even with mixup
         add_up_gradients(optimizer)
         done = (epoch + (step + 0.5) / len(steps)) / run.epochs
-        for group in optimizer.param_groups:  # or a torch scheduler, after optimizer.step()
+        for group in optimizer.param_groups:  # delete these three lines for a torch scheduler
             peak_lr = group.setdefault("initial_lr", group["lr"])
             group["lr"] = peak_lr * h.schedule(done)
         optimizer.step()
@@ -193,7 +193,7 @@ def fit(run: Run, training: Images, test: Images) -> None:
         logits = evaluate(run.model, test.pixels, size)
         accuracy = (logits.argmax(1) == test.labels).sum().item() / len(test.labels)
         row |= {f"{run.split}_acc": accuracy, "seconds": time.perf_counter() - start}
-        run.history.append(row)  # what you add to it is a column of the table
+        run.history.append(row)  # what you add to row is a column of the table
         if RANK == 0:
             save(run)  # later changes are not saved
             write_results(run, logits, test)
@@ -452,7 +452,7 @@ def tune_process() -> None:
 def train(
     arch: str = "resnet18", epochs: int = 30, seed: int = 0, h: Hyperparameters | None = None, resume: str | Path = ""
 ) -> list[dict]:
-    """Train a new run, or `resume` one with its settings; return a row per epoch."""
+    """Train a new run, or `resume` one, which keeps its arch, epochs and seed; return a row per epoch."""
     if resume and h:
         raise RunError("A resumed run keeps its own h.")
     if WORLD_SIZE > 1 and not distributed.is_initialized():

@@ -23,7 +23,7 @@ FAST = train.Hyperparameters(image_sizes=(32, 40), batch_size=25, accumulation=2
 LAYOUT = "        # oneDNN's layout."  # how the line after Run's model begins
 # An average of the weights, and torch's scheduler in place of the loop's line, as a student adds them to train.py.
 OPTIMIZER = "        self.optimizer = Muon(self.model.parameters(), lr=h.peak_lr, momentum=h.momentum)\n"
-SCHEDULE = """        for group in optimizer.param_groups:  # or a torch scheduler, after optimizer.step()
+SCHEDULE = """        for group in optimizer.param_groups:  # delete these three lines for a torch scheduler
             peak_lr = group.setdefault("initial_lr", group["lr"])
             group["lr"] = peak_lr * h.schedule(done)
         optimizer.step()
