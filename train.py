@@ -303,7 +303,7 @@ def save_new(run: Run) -> Path:
 
 
 def save(run: Run) -> None:
-    """Write the run's checkpoint; the old one stays until the new one is whole. RunError."""
+    """Write the run's checkpoint; the old one stays until the new one is whole. RunError if that fails."""
     state = {
         "format": FORMAT,
         "settings": {"arch": run.arch, "epochs": run.epochs, "seed": run.seed, "h": asdict(run.h)},
@@ -365,7 +365,7 @@ def resumed(path: str | Path) -> Run:
 
 
 def prepare(h: Hyperparameters) -> tuple[Hyperparameters, Images, Images]:
-    """Check h, load the images and check them; RunError."""
+    """Check h, load the images and check them; RunError if a check fails."""
     kinds = {bool: bool, int: int, float: int | float, tuple: tuple | list}
     ranges = {"warmup": lambda n: 0 <= n < 1, "accumulation": lambda n: n >= WORLD_SIZE}
     for field in fields(h):
@@ -378,7 +378,7 @@ def prepare(h: Hyperparameters) -> tuple[Hyperparameters, Images, Images]:
     training, test = load_data(h)
     for pixels, labels in (training, test):
         shape, n, side = tuple(pixels.shape), len(labels), pixels.shape[1]
-        if pixels.dtype != torch.uint8 or shape[:3] != (n, side, side) or side <= 2 * getattr(h, "crop", 0):
+        if pixels.dtype != torch.uint8 or shape != (n, side, side, 3) or side <= 2 * getattr(h, "crop", 0):
             raise RunError(f"load_data(): {pixels.dtype} {shape}, {n} labels: not uint8 (N, S, S, 3), S > 2 crop.")
     return h, training, test
 
@@ -436,7 +436,7 @@ def add_up_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def seed_torch(*key: object) -> None:
-    """Seed torch's generator by `key`, so that a resumed run draws the same. NumPy is not seeded."""
+    """Seed torch's generator by `key`, so that a resumed run draws the same. NumPy and random are not."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 

@@ -103,6 +103,7 @@ REFUSED = {
     "a transform": ("train=True)", "train=True, transform=str)", "transform has no effect here"),
     "of 0 to 1": (PIXELS, f"{PIXELS} / 255", SHAPE.format(r"float32 \(100, 32, 32, 3\)")),
     "wide": (PIXELS, f"{PIXELS}.repeat(1, 1, 2, 1)", SHAPE.format(r"uint8 \(100, 32, 64, 3\)")),
+    "grey": (PIXELS, f"{PIXELS}[..., 0]", SHAPE.format(r"uint8 \(100, 32, 32\)")),
     "labels": ("training.labels[chosen]", "training.labels[chosen][:50]", "50 labels: not uint8"),
     "a state that no resume could read": (LAYOUT, f"        self.meter = {METER}\n{LAYOUT}", "numpy"),
 }
@@ -137,11 +138,10 @@ def test_parameter_groups_and_contiguous_parameters(small: Path, edit: Edit) -> 
 
 
 WRONG = [
-    *[("image_sizes", value) for value in (64, (64), "64", None)],
-    *[("peak_lr", value) for value in ("0.05", None, (0.05,))],
+    *[("image_sizes", value) for value in (64, "64", None)],
+    *[("peak_lr", value) for value in ("0.05", None, (0.05,), Path("0.05"))],
     *[("batch_size", value) for value in (2.5, "128", (128, 64))],
-    *[("warmup", value) for value in (1, -0.1)],
-    *[("accumulation", 0), ("validate", "False"), ("images", 0.5), ("momentum", Path("0.9"))],
+    *[("accumulation", 0), ("validate", "False"), ("images", 0.5), ("warmup", 1), ("warmup", -0.1)],
 ]
 
 
